@@ -159,7 +159,7 @@ def read_entry(path: str | os.PathLike, root: str | os.PathLike) -> Entry:
         tuple(found.get("prerequisites") or ()), None if kernel in (None, "none", "") else str(kernel), relative.as_posix(),
     )
 
-# %% ../nbs/workbench/catalogue.ipynb #42ca8ca8
+# %% ../nbs/workbench/catalogue.ipynb #09726828
 class Catalogue(list):
     """A list of `Entry` objects with search, filters and a table for notebooks."""
 
@@ -216,12 +216,15 @@ class Catalogue(list):
         return Catalogue(sorted(hits, key=lambda e: -sum(w in f"{e.title} {e.slug}".lower() for w in words)))
 
     def find(self, name: str) -> Entry:
-        """Find one entry by slug, `chapter/slug` or title.
+        """Find one entry.
+
+        Args:
+            name: slug, `chapter/slug` or title.
 
         Raises:
             ValueError: nothing, or more than one entry, has that name; the message names the closest ones.
         """
-        hits = [e for e in self if name in (e.slug, e.name, e.title)]
+        hits = [e for e in self if name == e.name] or [e for e in self if name in (e.slug, e.title)]
         if len(hits) > 1:
             raise ValueError(f"{name!r} is ambiguous: {', '.join(e.name for e in hits)}")
         return hits[0] if hits else self[closest(name, [e.name for e in self] + [e.slug for e in self], "notebook")]

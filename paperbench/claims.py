@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VERDICTS', 'MIME', 'paired_interval', 'ClaimChanged', 'Claim', 'mean', 'standard_error', 'measurements', 'claim',
-           'number', 'card', 'gather']
+           'number', 'card', 'gather', 'keep']
 
 # %% ../nbs/workbench/claims.ipynb #920480bc
 import html
@@ -257,3 +257,41 @@ def gather(root: str | os.PathLike) -> list[dict[str, Any]]:
         name = path.relative_to(kept).with_suffix("").as_posix()
         rows += [{"notebook": name, "date": record["date"], **c} for c in record["claims"]]
     return sorted(rows, key=lambda r: r["notebook"])
+
+# %% ../nbs/workbench/claims.ipynb #a0b7da7d
+def keep(root: str | os.PathLike, name: str) -> str:
+    """Record the claims of a notebook's latest full-scale run in `nbs/_full/`.
+
+    Args:
+        root: the project's root.
+        name: "chapter/slug"; `paperbench run NAME -p scale full` must have succeeded before.
+
+    Returns:
+        Path of the file written, relative to the root.
+
+    Raises:
+        FileNotFoundError: there is no full-scale run.
+        ValueError: the run failed, or it made no claim.
+    """
+    import json
+    import platform
+    from pathlib import Path
+
+    run = Path(root) / "_runs" / f"{name}@scale=full.ipynb"
+    if not run.exists():
+        raise FileNotFoundError(f"no full-scale run of {name}; first: paperbench run {name} -p scale full")
+    notebook = json.loads(run.read_text(encoding="utf-8"))
+    record = notebook["metadata"].get("paperbench", {})
+    if record.get("status") != "green":
+        raise ValueError(f"the full-scale run of {name} is {record.get('status', 'unknown')}: {record.get('reason', '')}")
+    claims = [o["data"][MIME] for c in notebook["cells"] for o in c.get("outputs", []) if MIME in o.get("data", {})]
+    if not claims:
+        raise ValueError(f"the full-scale run of {name} made no claim")
+    kept = {
+        "date": str(record.get("started", ""))[:10], "seconds": round(float(record.get("seconds", 0))), "versions": record.get("versions", {}),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores", "claims": claims,
+    }
+    path = Path(root) / "nbs" / "_full" / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return path.relative_to(root).as_posix()

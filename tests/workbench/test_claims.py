@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from paperbench.claims import ClaimChanged, MIME, claim, gather, number, paired_interval
+from paperbench.claims import ClaimChanged, MIME, claim, gather, keep, number, paired_interval
 
 
 def test_interval_matches_the_worked_example_and_scipy():
@@ -94,3 +94,20 @@ def test_gather_reads_runs_and_kept_full_runs():
         rows = gather(tmp)
         assert [(r["notebook"], r["scale"], r.get("date")) for r in rows] == [("a/x", "short", None), ("a/x", "full", "2026-01-01")]
         assert gather(Path(tmp) / "empty") == []
+
+
+def test_keep_records_a_green_full_run_only():
+    summary = claim(paper="p", metric="m", method=better_method, baseline=worse_method, verdict="holds", scale="full").summary()
+    with tempfile.TemporaryDirectory() as tmp:
+        with pytest.raises(FileNotFoundError, match="paperbench run a/x -p scale full"):
+            keep(tmp, "a/x")
+        path = Path(tmp) / "_runs/a/x@scale=full.ipynb"
+        path.parent.mkdir(parents=True)
+        for status, outputs, error in (("red", [{"data": {MIME: summary}}], "is red"), ("green", [], "made no claim")):
+            path.write_text(json.dumps({"metadata": {"paperbench": {"status": status}}, "cells": [{"outputs": outputs}]}))
+            with pytest.raises(ValueError, match=error):
+                keep(tmp, "a/x")
+        record = {"status": "green", "started": "2026-02-03T10:00:00", "seconds": 61.4}
+        path.write_text(json.dumps({"metadata": {"paperbench": record}, "cells": [{"outputs": [{"data": {MIME: summary}}]}]}))
+        assert keep(tmp, "a/x") == "nbs/_full/a/x.json"
+        assert [(r["scale"], r["date"], r["verdict"]) for r in gather(tmp)] == [("full", "2026-02-03", "holds")]

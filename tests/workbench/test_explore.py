@@ -11,7 +11,7 @@ import numpy as np
 import plotly.graph_objects as go
 import pytest
 
-from paperbench.explore import FRAME_BUDGET, FigureError, apply_figure, check_figure, explore, is_live, make_control, make_controls, pack, plain_figure, same, spread, static_grid, thumbnail, unpack
+from paperbench.explore import FRAME_BUDGET, FigureError, LiveFigure, apply_figure, check_figure, explore, is_live, make_control, make_controls, pack, plain_figure, same, spread, static_grid, thumbnail, unpack
 
 
 def test_abbreviations_become_controls():
@@ -74,7 +74,7 @@ def test_empty_and_non_finite_figures_are_refused(figure, message):
 
 
 def test_gaps_are_allowed():
-    check_figure(plain_figure(go.Figure(go.Scatter(x=[0, 1, None, 2], y=[0.0, 1.0, None, 2.0]))), {})
+    assert check_figure(plain_figure(go.Figure(go.Scatter(x=[0, 1, None, 2], y=[0.0, 1.0, None, 2.0]))), {}) is None
 
 
 def test_packing_keeps_every_number_to_the_promised_precision():
@@ -210,13 +210,27 @@ def test_live_widget_moves_resets_and_reports_errors():
     assert "n=3 holds nan" in bad.children[-2].value
 
 
+def test_live_figure_opens_with_its_traces():
+    class Recorder(LiveFigure):
+        opened = []
+
+        def open(self):
+            if self._complete:
+                Recorder.opened.append([len(self._widget_data), self.comm is None])
+            super().open()
+
+    found = Recorder(damped())
+    assert Recorder.opened == [[1, True]] and len(found.get_state("_esm")["_esm"]) < 2000 < len(found.get_state("_bundle")["_bundle"])
+    found.close()
+
+
 def test_redraw_is_fast():
     ex = make()
     ex.render()
     assert ex.report["redraw_ms"] < 150
 
 
-def test_bad_play_and_mode(monkeypatch=None):
+def test_bad_play_and_mode():
     with pytest.raises(ValueError, match="play names 'shape'"):
         make(play="shape")
     before = os.environ.get("PAPERBENCH_EXPLORE")

@@ -1,0 +1,40 @@
+"""What must hold between notebooks and the files made from them, and for every notebook of the project."""
+
+import pytest
+
+from paperbench.catalogue import catalogue, notebook_paths, project_root
+from paperbench.cli import clean
+from paperbench.contract import check_notebook
+from paperbench.export import export
+
+ROOT = project_root(__file__)
+NOTEBOOKS = [p.relative_to(ROOT / "nbs").with_suffix("").as_posix() for p in notebook_paths(ROOT)]
+
+
+def test_library_tests_lists_and_readme_are_in_step_with_the_notebooks():
+    assert export(ROOT, check=True) == []
+
+
+def test_notebooks_are_committed_without_outputs():
+    assert clean(ROOT, check=True) == []
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_contract(name):
+    assert check_notebook(ROOT / "nbs" / f"{name}.ipynb", ROOT) == []
+
+
+def test_every_chapter_has_a_page_and_names_are_unique():
+    entries = catalogue(ROOT)
+    for chapter in entries.chapters:
+        assert any(e.chapter == chapter and e.kind == "chapter" for e in entries), f"nbs/{chapter}/index.ipynb is missing"
+    slugs = [e.slug for e in entries.methods]
+    assert len(slugs) == len(set(slugs))
+
+
+def test_prerequisites_make_no_circle():
+    needs = {e.slug: set(e.prerequisites) for e in catalogue(ROOT)}
+    done = set()
+    while ready := {s for s, n in needs.items() if s not in done and not (n & needs.keys()) - done}:
+        done |= ready
+    assert done == set(needs), f"in a circle: {sorted(set(needs) - done)}"

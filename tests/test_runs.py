@@ -1,0 +1,42 @@
+"""Every notebook runs at its default, short scale; explorations redraw in time; pages keep their budget."""
+
+import json
+
+import pytest
+
+from paperbench import runner
+from paperbench.catalogue import notebook_paths, project_root
+from paperbench.explore import MIME as EXPLORE_MIME
+
+ROOT = project_root(__file__)
+NOTEBOOKS = [p.relative_to(ROOT / "nbs").with_suffix("").as_posix() for p in notebook_paths(ROOT)]
+PAGE_BUDGET = 1_500_000
+LIVE_MS = 150
+HARD_LIMIT_S = 30
+
+
+@pytest.fixture(scope="session", params=NOTEBOOKS)
+def run(request):
+    """The recorded run of one notebook; notebooks that have not been run in their present state are run now."""
+    name = request.param
+    state = runner.status(ROOT, name)[0]
+    if state.status in ("stale", "missing"):
+        state = runner.run(name, root=ROOT, workers=1, timeout=300, progress=False)[0]
+    return name, state
+
+
+@pytest.mark.xdist_group("runs")
+def test_notebook_is_green_and_in_time(run):
+    name, state = run
+    assert state.status in ("green", "skipped"), f"{name}: {state.reason}\n{state.traceback}"
+    assert state.seconds <= HARD_LIMIT_S, f"{name} took {state.seconds:.0f} s"
+
+
+@pytest.mark.xdist_group("runs")
+def test_explorations_are_fast_and_small(run):
+    name, state = run
+    cells = json.loads((ROOT / "_runs" / f"{name}.ipynb").read_text())["cells"]
+    reports = [o["data"][EXPLORE_MIME] for c in cells for o in c.get("outputs", []) if EXPLORE_MIME in o.get("data", {})]
+    for report in reports:
+        assert report["redraw_ms"] <= LIVE_MS, f"{name}: a live redraw of {report['title']!r} takes {report['redraw_ms']} ms"
+    assert sum(r["bytes"] for r in reports) <= PAGE_BUDGET, f"{name}: {sum(r['bytes'] for r in reports):,} bytes of frames"
