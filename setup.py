@@ -24,7 +24,7 @@ setup(
     license="Apache-2.0",
     author=cfg["author"],
     packages=find_packages(include=["paperbench", "paperbench.*"]),
-    package_data={"paperbench": ["*.json", "*.js", "*.css", "weights/*.safetensors", "weights/*.json"]},
+    package_data={"paperbench": ["catalogue.json", "assets/*", "assets/fonts/*", "weights/*.safetensors", "weights/*.json"]},
     install_requires=requirements("requirements"),
     extras_require={k: requirements(f"{k}_requirements") for k in ("cluster", "data", "site", "dev")},
     entry_points={"console_scripts": cfg["console_scripts"].split()},

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from paperbench.contract import calls, check, check_evidence, check_notebook, code_of, headings, scaffold, sections, words
+from paperbench.contract import calls, check, check_evidence, check_notebook, code_of, headings, markdown_of, scaffold, sections, words
 
 
 def md(text):
@@ -25,6 +25,8 @@ def test_reading_the_structure():
     assert [(level, t) for _, level, t in headings(cells)] == [(1, "T"), (2, "The idea"), (3, "Detail"), (2, "Explore")]
     found = sections(cells)
     assert list(found) == ["The idea", "Explore"] and len(found["The idea"]) == 3
+    shared = sections([md("## The idea\none\n## Explore\ntwo"), code("explore(f, a=1)")])
+    assert markdown_of(shared["The idea"]) == "## The idea\none\n" and calls(code_of(shared["Explore"]), "explore") == 1
     assert calls(code_of(cells), "explore") == 1 and calls(code_of(cells), "claim") == 1 and calls("not python(", "not") == 0
     assert words("Two words, $x^2$ and `code` [link](http://a.b)\n| a | table |") == 4
 

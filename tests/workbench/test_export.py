@@ -42,7 +42,7 @@ def toy_project(folder):
         ("markdown", "# Double\n> Twice a number.\n- chapter: a"),
         ("code", "#| default_exp a.double"),
         ("code", "#| export\nimport math\n\n\ndef double(x):\n    return 2 * x"),
-        ("code", "#| test\nvalues = [1, 2]\n\n\n# a comment worth keeping\ndef test_double():\n    assert [double(v) for v in values] == [2, 4] and math.pi\n\n\ntest_double()"),
+        ("code", "#| test\nvalues = [1, 2]\n\n\n# a comment worth keeping\ndef test_double():\n    assert [double(v) for v in values] == [2, 4] and math.pi\n\n\nfor test in (test_double,):\n    test()\ntest_double()"),
     )
     write_notebook(root / "nbs/index.ipynb", ("markdown", "# Home\n> Start here."), ("markdown", METHODS_START + "\n" + METHODS_END), ("code", "1 + 1"))
     return root
@@ -54,7 +54,7 @@ def test_exported_tests_stand_alone_and_can_fail():
         target = export_tests(root / "nbs/a/double.ipynb", root)
         text = target.read_text()
         assert "# a comment worth keeping" in text and "from paperbench.a.double import double" in text and "import math" in text
-        assert not re.search(r"^test_double\(\)", text, flags=re.MULTILINE)
+        assert not re.search(r"^test_double\(\)|^for ", text, flags=re.MULTILINE)
         (root / "paperbench/a").mkdir()
         for broken, code in ((False, 0), (True, 1)):
             (root / "paperbench/a/double.py").write_text(f"def double(x):\n    return {'3' if broken else '2'} * x\n")
