@@ -54,15 +54,17 @@ def test_open_a_notebook_from_home_run_it_and_move_a_slider(lab, browser):
     context.route(re.compile(r"^https?://(?!127\.0\.0\.1)"), lambda route: (outside.append(route.request.url), route.abort()))
     page = context.new_page()
     try:
-        page.goto(f"{lab}/?token={TOKEN}")  # the address that the command prints
+        page.set_default_timeout(120_000)
+        page.goto(f"{lab}/?token={TOKEN}", timeout=120_000)  # the address that the command prints
         # the home page is there, with links to every method, before any cell has been run
         home = page.locator(".jp-NotebookPanel:visible")
-        home.get_by_role("heading", name="Paperbench").first.wait_for(timeout=60_000)
+        home.get_by_role("heading", name="Paperbench").first.wait_for()
         link = home.locator("a", has_text=re.compile(f"^{NOTEBOOK}"))
         link.first.scroll_into_view_if_needed()
         link.first.click()
         panel = page.locator(".jp-NotebookPanel:visible")
-        panel.locator("h1", has_text=NOTEBOOK).wait_for(timeout=30_000)
+        panel.locator("h1", has_text=NOTEBOOK).wait_for()
+        page.get_by_text("| Idle").wait_for()  # the kernel is there
         page.get_by_role("menuitem", name="Run", exact=True).click()
         page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
         slider = panel.locator(".widget-slider, .widget-hslider").locator(".noUi-handle").first
@@ -73,10 +75,10 @@ def test_open_a_notebook_from_home_run_it_and_move_a_slider(lab, browser):
             page.wait_for_timeout(500)
             if panel.locator(".jp-WindowedPanel-outer").evaluate("e => e.scrollTop + e.clientHeight >= e.scrollHeight - 2"):
                 panel.locator(".jp-WindowedPanel-outer").evaluate("e => e.scrollTo(0, 0)")
-        slider.wait_for(timeout=30_000)
+        slider.wait_for()
         slider.scroll_into_view_if_needed()
         plot = panel.locator(".js-plotly-plot").filter(has=page.locator(".main-svg")).last
-        plot.wait_for(timeout=60_000)
+        plot.wait_for()
         shown = "e => JSON.stringify(e.data.map(t => [t.x, t.y, t.z]))"
         before = plot.evaluate(shown)
         slider.focus()

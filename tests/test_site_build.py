@@ -174,7 +174,7 @@ def test_home_chapter_ledger_and_reference(built):
 
 def test_search_finds_the_pages(built):
     entries = json.loads(page(built, "search.json"))
-    assert {"toy/alpha.html", "ledger.html"} <= {e["href"].partition("#")[0] for e in entries}
+    assert {"toy/alpha.html", "toy/index.html", "api/toy/alpha.html"} <= {e["href"].partition("#")[0] for e in entries}
     assert any("price of" in e["text"] for e in entries)
 
 

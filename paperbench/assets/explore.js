@@ -97,14 +97,14 @@
       if (timer === null) return;
       clearInterval(timer);
       timer = null;
-      play.textContent = play.dataset.play;
+      play.textContent = "▶ Play";
       play.setAttribute("aria-pressed", "false");
     }
     if (play) {
       const slider = inputs.find((e) => e.dataset.control === play.dataset.slider);
       play.addEventListener("click", () => {
         if (timer !== null) return stop();
-        play.textContent = "Pause";
+        play.textContent = "❚❚ Pause";
         play.setAttribute("aria-pressed", "true");
         if (Number(slider.value) === count(slider) - 1) slider.value = -1;
         timer = setInterval(() => {
