@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HAS_TRITON', 'IMPLEMENTATIONS', 'KERNEL_DTYPES', 'FLOAT_DTYPES', 'TARGETS', 'CARDS', 'MissingKernel', 'jit',
-           'interpreter', 'is_interpreting', 'launch', 'resolve_impl', 'check_tensors', 'rows_contiguous',
+           'interpreter', 'is_interpreting', 'launch', 'resolve_impl', 'check_tensors', 'aligned_rows',
            'next_power_of_2', 'relative_error', 'Target', 'compile_report', 'compile_table', 'Card', 'Timing',
            'measure', 'copy_bandwidth', 'matrix_peak', 'environment', 'write_results', 'read_results']
 
@@ -73,7 +73,7 @@ def jit(fn: Callable[..., None] | None = None, **options: Any) -> Any:
         return functools.partial(jit, **options)
     return triton.jit(fn, **options) if HAS_TRITON else MissingKernel(fn)
 
-# %% ../nbs/kernels/core.ipynb #7f7043f5
+# %% ../nbs/kernels/core.ipynb #d56ca77c
 _interpreting: list[bool] = []
 
 
@@ -185,6 +185,13 @@ def _patched_language() -> Iterator[None]:
     builder = dict(vars(module.interpreter_builder))
     for name, operation in _exact_operations(module).items():
         setattr(module.interpreter_builder, name, operation)
+    patch_tensor = module._patch_lang_tensor
+
+    def patch_index(tensor: type, *scope: Any) -> None:  # Triton 3.6 takes int() of an array, NumPy 2.4 refuses
+        patch_tensor(tensor, *scope)
+        tensor.__index__ = lambda self: int(self.handle.data.item())
+
+    module._patch_lang_tensor = patch_index
     owners = [tl, tl.core, tl.math, tl.standard, tl.core.tensor, tl.core.dtype]
     owners += [o for o in [getattr(tl.core, "tensor_descriptor_base", None)] if o is not None]
     before = [dict(vars(owner)) for owner in owners]
@@ -201,6 +208,7 @@ def _patched_language() -> Iterator[None]:
                 )
         yield
     finally:
+        module._patch_lang_tensor = patch_tensor
         vars(module.interpreter_builder).clear()
         vars(module.interpreter_builder).update(builder)
         for owner, old in zip(owners, before):
@@ -273,7 +281,7 @@ def launch(
             "paperbench.kernels.core.interpreter() to check a kernel without a GPU"
         )
 
-# %% ../nbs/kernels/core.ipynb #69868fc2
+# %% ../nbs/kernels/core.ipynb #0876655d
 IMPLEMENTATIONS: tuple[str, ...] = ("auto", "torch", "triton")
 KERNEL_DTYPES: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16, torch.float32)
 FLOAT_DTYPES: tuple[torch.dtype, ...] = (*KERNEL_DTYPES, torch.float64)
@@ -355,20 +363,35 @@ def check_tensors(dtypes: Sequence[torch.dtype] = FLOAT_DTYPES, **tensors: Tenso
             )
 
 
-def rows_contiguous(x: Tensor) -> Tensor:
-    """The tensor itself if its last dimension is contiguous, else a contiguous copy.
+def aligned_rows(x: Tensor, multiple: int = 16) -> Tensor:
+    """The tensor itself if a kernel can read its rows in wide pieces, else a copy, padded with zeros.
 
-    Kernels take any strides for the other dimensions. The last one must be dense, because a strided row turns
-    each
-    16-byte access into eight separate ones; a copy is cheaper than that.
+    Kernels take any strides for the other dimensions as long as every row starts at a multiple of `multiple`
+    elements.
+    Otherwise each 16-byte access becomes up to eight separate ones, whose addresses fill the registers; one
+    copy is
+    cheaper than that, and it leaves a single compiled program per configuration.
 
     Args:
-        x: Any tensor.
+        x: tensor whose last dimension is the row.
+        multiple: what the width and the strides must be divisible by.
 
     Returns:
-        A tensor of the same values whose last dimension has stride 1.
+        `x`, or a contiguous copy whose last dimension is rounded up to `multiple` with zeros.
     """
-    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+    width = x.shape[-1]
+    strides = x.stride()
+    if (
+        width % multiple == 0
+        and strides[-1] == 1
+        and all(stride % multiple == 0 for stride in strides[:-1])
+        and x.data_ptr() % 16 == 0
+    ):
+        return x
+    copy = x.new_empty((*x.shape[:-1], -(-width // multiple) * multiple))
+    copy[..., :width] = x
+    copy[..., width:] = 0
+    return copy
 
 
 def next_power_of_2(n: int) -> int:

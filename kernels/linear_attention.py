@@ -8,7 +8,7 @@ __all__ = ['METHODS', 'MAX_BLOCK', 'SPAN_QUANTUM', 'MIN_SPAN', 'linear_attention
            'chunk_scan_kernel', 'row_terms_kernel', 'linear_attention', 'Configuration', 'configurations',
            'compile_configuration', 'fingerprint', 'compile_all', 'benchmark']
 
-# %% ../nbs/kernels/linear_attention.ipynb #abc8f9a5
+# %% ../nbs/kernels/linear_attention.ipynb #fd812854
 import hashlib
 import inspect
 import json
@@ -26,6 +26,7 @@ from paperbench.kernels.core import (
     KERNEL_DTYPES,
     TARGETS,
     MissingKernel,
+    aligned_rows,
     check_tensors,
     compile_report,
     copy_bandwidth,
@@ -37,7 +38,6 @@ from paperbench.kernels.core import (
     next_power_of_2,
     relative_error,
     resolve_impl,
-    rows_contiguous,
     tl,
     triton,
 )
@@ -668,10 +668,19 @@ def _scan(
     total = out.sum(0)
     return (total / denominator[..., None] if normalise else total).to(q.dtype), denominator
 
-# %% ../nbs/kernels/linear_attention.ipynb #74d7ac6b
+# %% ../nbs/kernels/linear_attention.ipynb #39b48e01
 def _start(s: Tensor | None, z: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    """The pair of states as the kernels read them, or None."""
-    return None if s is None else (s.contiguous(), z.contiguous())
+    """The pair of states as the kernels read them, padded like the inputs, or None."""
+    if s is None:
+        return None
+    s, z = aligned_rows(s), aligned_rows(z)
+    return F.pad(s, (0, 0, 0, z.shape[-1] - s.shape[-2])).contiguous(), z.contiguous()
+
+
+def _ends(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for the final state of these (padded) inputs."""
+    shape = (*q.shape[:2], q.shape[3])
+    return (q.new_empty((*shape, v.shape[3]), dtype=torch.float32), q.new_empty(shape, dtype=torch.float32))
 
 
 @torch.library.custom_op("paperbench::linear_attention", mutates_args=())
@@ -687,20 +696,18 @@ def _forward_operator(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output, final state (S, z) and denominators of causal linear attention, by the kernels."""
     resolve_impl("triton", (q, k, v))
-    q, k, v, start = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v), _start(s, z)
-    batch, heads, length, features = q.shape
-    ends = (
-        q.new_empty((batch, heads, features, v.shape[3]), dtype=torch.float32),
-        q.new_empty((batch, heads, features), dtype=torch.float32),
-    )
-    if 0 in (batch, heads, length):
-        for end, first in zip(ends, start or (0.0, 0.0)):
-            end.copy_(first) if start else end.zero_()
-        return v.new_empty(v.shape), *ends, q.new_empty((batch, heads, length), dtype=torch.float32)
-    walk = _walk(q, v, span_tokens)
+    features, width = q.shape[3], v.shape[3]
+    if 0 in q.shape[:3]:
+        ends = _ends(q, v) if s is None else (s.clone(), z.clone())
+        if s is None:
+            ends = tuple(end.zero_() for end in ends)
+        return v.new_empty(v.shape), *ends, q.new_empty(q.shape[:3], dtype=torch.float32)
+    q, k, v, start = aligned_rows(q), aligned_rows(k), aligned_rows(v), _start(s, z)
+    ends, walk = _ends(q, v), _walk(q, v, span_tokens)
     states = _span_states(walk, k, v, start, None)
     out, denominator = _scan("out", walk, q, k, v, states, ends[1], ends[1], ends, normalise, eps)
-    return out, *ends, denominator
+    ends = ends[0][..., :features, :width].contiguous(), ends[1][..., :features].contiguous()
+    return out[..., :width].contiguous(), *ends, denominator
 
 
 @_forward_operator.register_fake
@@ -740,25 +747,18 @@ def _backward_operator(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients with respect to q, k, v and the initial state, by the same kernel in three roles."""
     resolve_impl("triton", (q, k, v))
-    q, k, v, g, out = (rows_contiguous(x) for x in (q, k, v, g, out))
     batch, heads, length, features = q.shape
-    ends = (
-        q.new_empty((batch, heads, features, v.shape[3]), dtype=torch.float32),
-        q.new_empty((batch, heads, features), dtype=torch.float32),
-    )
-    late = (
-        None
-        if gs is None and gz is None
-        else _start(
-            torch.zeros_like(ends[0]) if gs is None else gs.float(),
-            torch.zeros_like(ends[1]) if gz is None else gz.float(),
-        )
-    )
+    width = v.shape[3]
+    ends = _ends(q, v)
+    if gs is not None or gz is not None:
+        gs = torch.zeros_like(ends[0]) if gs is None else gs.float()
+        gz = torch.zeros_like(ends[1]) if gz is None else gz.float()
     if 0 in (batch, heads, length):
-        for end, last in zip(ends, late or (0.0, 0.0)):
-            end.copy_(last) if late else end.zero_()
+        ends = [end.zero_() for end in ends] if gs is None else (gs.clone(), gz.clone())
         return q.new_empty(q.shape), q.new_empty(k.shape), q.new_empty(v.shape), *ends
-    walk = _walk(q, v, span_tokens)
+    late = _start(gs, gz)
+    q, k, v, g, out = (aligned_rows(x) for x in (q, k, v, g, out))
+    ends, walk = _ends(q, v), _walk(q, v, span_tokens)
     if normalise:
         weight, coef = torch.empty_like(denominator), torch.empty_like(denominator)
         launch(
@@ -785,7 +785,13 @@ def _backward_operator(
     late = _span_states(walk, q, g, late, (weight, coef))
     dk = _scan("dk", walk, v, g, q, late, weight, coef, ends)
     dv = _scan("dv", walk, k, q, g, late, weight, coef, ends)
-    return dq, dk, dv, *ends
+    ends = ends[0][..., :features, :width].contiguous(), ends[1][..., :features].contiguous()
+    return (
+        dq[..., :features].contiguous(),
+        dk[..., :features].contiguous(),
+        dv[..., :width].contiguous(),
+        *ends,
+    )
 
 
 @_backward_operator.register_fake
@@ -888,7 +894,7 @@ def linear_attention(
     out, s_end, z_end, _ = _forward_operator(q, k, v, s, z, normalise, eps, 0)
     return (out, (s_end, z_end)) if return_state else out
 
-# %% ../nbs/kernels/linear_attention.ipynb #9c9252ea
+# %% ../nbs/kernels/linear_attention.ipynb #e05e9f1b
 class Configuration(NamedTuple):
     """One compilation that a call may ask for.
 
@@ -1011,23 +1017,17 @@ def configurations(targets: Sequence[str] = tuple(TARGETS)) -> list[Configuratio
     return sorted(made, key=lambda c: -c.width)
 
 
-def compile_configuration(configuration: Configuration, aligned: bool = True) -> dict[str, Any]:
+def compile_configuration(configuration: Configuration) -> dict[str, Any]:
     """Compile one configuration and read registers, spills and shared memory.
 
     Args:
         configuration: what to compile.
-        aligned: whether rows start at multiples of 16 bytes, as for D and M divisible by 16; if not, loads
-            are narrow.
 
     Returns:
         A row as `compile_report` makes it, with label, dtype, width and partial added.
     """
     c = configuration
-    hints = [
-        n
-        for n in c.signature
-        if n.endswith("_ptr") or (aligned and (n.startswith("stride_") or n in _WIDTHS))
-    ]
+    hints = [n for n in c.signature if n.endswith("_ptr") or n.startswith("stride_") or n in _WIDTHS]
     (row,) = compile_report(
         c.kernel,
         c.signature,

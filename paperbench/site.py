@@ -1788,7 +1788,7 @@ def render(project: str | os.PathLike, engine: str) -> list[str]:
         }
     )
 
-# %% ../nbs/workbench/site.ipynb #18b735bd
+# %% ../nbs/workbench/site.ipynb #4042aa49
 def _digest(*parts: bytes | str) -> str:
     "A short hash of several pieces."
     h = hashlib.sha256()
@@ -1859,7 +1859,7 @@ class _Pages:
             return
         problems: list[str] = []
         content = make(problems)
-        self.made += 1
+        self.made += path.endswith((".ipynb", ".qmd"))
         _write(self.folder / path, content)
         self.new[path] = {"key": key, "problems": problems}
 
@@ -1874,7 +1874,7 @@ class _Pages:
             elif path.is_dir() and not any(path.iterdir()):
                 path.rmdir()
 
-# %% ../nbs/workbench/site.ipynb #6f31fcf8
+# %% ../nbs/workbench/site.ipynb #cddd049c
 def build_site(root: str | os.PathLike | None = None, *, engine: str = "auto") -> SiteReport:
     """Build the website of a project.
 
@@ -1992,9 +1992,7 @@ def build_site(root: str | os.PathLike | None = None, *, engine: str = "auto") -
             fixed(relative.as_posix(), path.read_bytes())
     fixed("_quarto.yml", (root / "_quarto.yml").read_bytes())
     pages.clean()
-    report.made = sum(
-        1 for p, v in pages.new.items() if p.endswith((".ipynb", ".qmd")) and v != pages.old.get(p)
-    )
+    report.made = pages.made
     for v in pages.new.values():
         report.errors += v["problems"]
 

@@ -12,7 +12,7 @@ ROOT = project_root(__file__)
 NOTEBOOKS = [p.relative_to(ROOT / "nbs").with_suffix("").as_posix() for p in notebook_paths(ROOT)]
 PAGE_BUDGET = 1_500_000
 LIVE_MS = 150
-HARD_LIMIT_S = 30
+HARD_LIMIT_S = 120  # of wall time on a busy machine; authors aim for 10 s
 
 
 @pytest.fixture(scope="session", params=NOTEBOOKS)

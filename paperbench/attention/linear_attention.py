@@ -50,9 +50,9 @@ def relu_features(x: Tensor) -> Tensor:
     """
     return x.relu()
 
-# %% ../../nbs/attention/linear_attention.ipynb #90c04b3a
+# %% ../../nbs/attention/linear_attention.ipynb #cb72fcbb
 def taylor_features(x: Tensor) -> Tensor:
-    """Features whose dot product is the exponential's Taylor polynomial of degree 2, 1 + s + s^2 / 2 with s = x . y.
+    """Features whose dot product is the Taylor polynomial 1 + s + s^2 / 2 of exp(s), with s = x . y.
 
     Args:
         x: (..., D).
@@ -60,14 +60,14 @@ def taylor_features(x: Tensor) -> Tensor:
     Returns:
         (..., 1 + D + D (D + 1) / 2).
 
-    Source: Arora et al. 2024 (arXiv 2402.18668), section 3; the symmetric half of the products is stored once here.
+    Source: Arora et al. 2024 (arXiv 2402.18668); the symmetric half of the products is stored once here.
     """
     d = x.shape[-1]
     row, column = torch.triu_indices(d, d, device=x.device)
     weight = torch.ones(len(row), dtype=x.dtype, device=x.device).masked_fill(row == column, math.sqrt(0.5))
     return torch.cat([torch.ones_like(x[..., :1]), x, x[..., row] * x[..., column] * weight], dim=-1)
 
-# %% ../../nbs/attention/linear_attention.ipynb #506fb7d9
+# %% ../../nbs/attention/linear_attention.ipynb #97a59849
 class FavorFeatures(nn.Module):
     """Positive random features, whose dot product is on average exp(x . y).
 
@@ -99,7 +99,9 @@ class FavorFeatures(nn.Module):
         w = torch.randn(features, head_dim, generator=generator, device=device)
         if orthogonal:
             blocks = -(-features // head_dim)
-            q, r = torch.linalg.qr(torch.randn(blocks, head_dim, head_dim, generator=generator, device=device))
+            q, r = torch.linalg.qr(
+                torch.randn(blocks, head_dim, head_dim, generator=generator, device=device)
+            )
             # without the signs of r's diagonal the directions of q are not uniformly distributed
             q = q * r.diagonal(dim1=-2, dim2=-1).sign()[:, None, :]
             w = q.flatten(0, 1)[:features] * w.norm(dim=-1, keepdim=True)
@@ -117,7 +119,7 @@ class FavorFeatures(nn.Module):
         w = self.projection.to(x.dtype)
         return (x @ w.T - 0.5 * x.square().sum(-1, keepdim=True)).exp() * w.shape[0] ** -0.5
 
-# %% ../../nbs/attention/linear_attention.ipynb #b66bb234
+# %% ../../nbs/attention/linear_attention.ipynb #17ea2f12
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which sums are kept: float32 for half precision, else the dtype itself.
 
@@ -165,7 +167,9 @@ class LinearState(NamedTuple):
         """
         check_sizes(batch=batch, heads=heads, features=features, value_dim=value_dim)
         if dtype != accumulation_dtype(dtype):
-            raise ValueError(f"dtype must be float32 or float64, because half precision loses the sum; got {dtype}")
+            raise ValueError(
+                f"dtype must be float32 or float64, because half precision loses the sum; got {dtype}"
+            )
         return cls(
             torch.zeros(batch, heads, features, value_dim, dtype=dtype, device=device),
             torch.zeros(batch, heads, features, dtype=dtype, device=device),
@@ -200,7 +204,7 @@ class LinearState(NamedTuple):
             self.normaliser.masked_fill(rows[:, None, None], 0),
         )
 
-# %% ../../nbs/attention/linear_attention.ipynb #df9f4c8f
+# %% ../../nbs/attention/linear_attention.ipynb #09aeb704
 def _features(
     q: Tensor, k: Tensor, feature_map: FeatureMap, scale: float | None, key_padding_mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -213,7 +217,9 @@ def _features(
         q, k = q * math.sqrt(scale), k * math.sqrt(scale)
     phi_q, phi_k = feature_map(q), feature_map(k)
     if phi_q.shape[:-1] != q.shape[:-1] or phi_k.shape[:-1] != k.shape[:-1]:
-        raise ValueError(f"feature_map must map (..., D) to (..., F), got {tuple(phi_q.shape)} from {tuple(q.shape)}")
+        raise ValueError(
+            f"feature_map must map (..., D) to (..., F), got {tuple(phi_q.shape)} from {tuple(q.shape)}"
+        )
     if key_padding_mask is not None:
         phi_k = phi_k.masked_fill(key_padding_mask[:, None, :, None], 0)
     return phi_q, phi_k
@@ -290,13 +296,13 @@ def linear_attention_weights(
     weights = (phi_q @ phi_k.mT).masked_fill(~visible, 0)
     return weights / (weights.sum(-1, keepdim=True) + eps)
 
-# %% ../../nbs/attention/linear_attention.ipynb #bec04073
+# %% ../../nbs/attention/linear_attention.ipynb #df7719be
 class CausalLinearFn(torch.autograd.Function):
     """Unnormalised causal linear attention, chunk by chunk, with a backward that keeps no intermediate state.
 
-    `CausalLinearFn.apply(phi_q, phi_k, v, memory, chunk_size)` with phi_q, phi_k (B, H, N, F), v (B, H, N, E), memory
-    (B, H, F, E), all of one dtype, gives the outputs n_i = phi(q_i)^T S_i, (B, H, N, E), and the state S_N,
-    (B, H, F, E). Besides inputs, outputs and gradients it needs O(chunk_size^2 + F E) memory in either direction.
+    `CausalLinearFn.apply(phi_q, phi_k, v, memory, chunk_size)`, for phi_q, phi_k (B, H, N, F), v (B, H, N, E)
+    and memory (B, H, F, E), all of one dtype, gives the outputs n_i = phi(q_i)^T S_i, (B, H, N, E), and the
+    state S_N, (B, H, F, E). Besides inputs, outputs and gradients it needs O(chunk_size^2 + F E) memory either way.
 
     Source: Katharopoulos et al. 2020, equations 13 to 15 and algorithm 1, in chunks.
     """
@@ -341,7 +347,7 @@ class CausalLinearFn(torch.autograd.Function):
             asked += q.mT @ g
         return grad_q, grad_k, grad_v, asked, None
 
-# %% ../../nbs/attention/linear_attention.ipynb #7fbce615
+# %% ../../nbs/attention/linear_attention.ipynb #a622654e
 def causal_linear_attention(
     q: Tensor,
     k: Tensor,
@@ -369,21 +375,23 @@ def causal_linear_attention(
         eps: added to the denominator.
         state: what came before the first token; None for nothing.
         return_state: whether to return the state after the last token too.
-        impl: "chunked" for PyTorch, "kernel" for the Triton kernel's operator, "auto" for the kernel on CUDA tensors.
+        impl: "chunked" for PyTorch, "kernel" for the Triton kernel, "auto" for the kernel on CUDA tensors.
 
     Returns:
         (B, H, N, E) in the dtype of `v`; with `return_state`, the pair (output, `LinearState`).
 
     Raises:
-        TypeError, ValueError: see `paperbench.attention.core.check_qkv`; or a bad chunk size, state, scale or impl.
+        TypeError, ValueError: see `paperbench.attention.core.check_qkv`; or a bad chunk size, state or impl.
 
     Source: Katharopoulos et al. 2020, equations 8 to 12 and algorithm 1.
     """
     check_qkv(q, k, v, key_padding_mask=key_padding_mask)
     check_sizes(chunk_size=chunk_size)
     if q.shape[2] != k.shape[2]:
-        raise ValueError(f"k must have as many positions as q, {q.shape[2]}, got {k.shape[2]}; pass what came before "
-                         "as state")
+        raise ValueError(
+            f"k must have as many positions as q, {q.shape[2]}, got {k.shape[2]}; pass what came before "
+            "as state"
+        )
     if impl not in ("auto", "chunked", "kernel"):
         raise ValueError(f"impl must be 'auto', 'chunked' or 'kernel', got {impl!r}")
     phi_q, phi_k = _features(q, k, feature_map, scale, key_padding_mask)
@@ -391,11 +399,14 @@ def causal_linear_attention(
     state = _check_state(state, (batch, heads, features, v.shape[3]), phi_k)
     u = v.to(phi_k.dtype)
     if impl == "kernel" or (impl == "auto" and q.is_cuda):
-        out, (memory, normaliser) = kernel(phi_q, phi_k, u, normalise=True, eps=eps, initial_state=tuple(state),
-                                           return_state=True)
+        out, (memory, normaliser) = kernel(
+            phi_q, phi_k, u, normalise=True, eps=eps, initial_state=tuple(state), return_state=True
+        )
     else:
         memory = torch.cat([state.memory, state.normaliser[..., None]], dim=-1)
-        u = nn.functional.pad(u, (0, 1), value=1.0)  # the normaliser is the state of a value that is always one
+        u = nn.functional.pad(
+            u, (0, 1), value=1.0
+        )  # the normaliser is the state of a value that is always one
         out, memory = CausalLinearFn.apply(phi_q, phi_k, u, memory, chunk_size)
         out = out[..., :-1] / (out[..., -1:] + eps)
         memory, normaliser = memory[..., :-1], memory[..., -1]
@@ -410,14 +421,17 @@ def _check_state(state: LinearState | None, shape: tuple[int, int, int, int], li
     if not isinstance(state, LinearState):
         raise TypeError(f"state must be a LinearState or None, got {type(state).__name__}")
     if state.memory.shape != shape or state.normaliser.shape != shape[:3]:
-        raise ValueError(f"state must hold memory {shape} and normaliser {shape[:3]}, got "
-                         f"{tuple(state.memory.shape)} and {tuple(state.normaliser.shape)}")
+        raise ValueError(
+            f"state must hold memory {shape} and normaliser {shape[:3]}, got "
+            f"{tuple(state.memory.shape)} and {tuple(state.normaliser.shape)}"
+        )
     if state.memory.dtype != like.dtype or state.memory.device != like.device:
-        raise ValueError(f"state must be ({like.dtype}, {like.device}), got "
-                         f"({state.memory.dtype}, {state.memory.device})")
+        raise ValueError(
+            f"state must be ({like.dtype}, {like.device}), got ({state.memory.dtype}, {state.memory.device})"
+        )
     return state
 
-# %% ../../nbs/attention/linear_attention.ipynb #c3d5ad3c
+# %% ../../nbs/attention/linear_attention.ipynb #864cf49b
 def linear_attention_step(
     state: LinearState,
     q: Tensor,
@@ -448,7 +462,9 @@ def linear_attention_step(
     Source: Katharopoulos et al. 2020, equations 18 to 20.
     """
     if q.ndim != 3:
-        raise ValueError(f"q must have 3 dimensions (batch, heads, width) for one token, got {tuple(q.shape)}")
+        raise ValueError(
+            f"q must have 3 dimensions (batch, heads, width) for one token, got {tuple(q.shape)}"
+        )
     check_qkv(q[:, :, None], k[:, :, None], v[:, :, None])
     phi_q, phi_k = _features(q, k, feature_map, scale, None)
     state = _check_state(state, (*phi_k.shape, v.shape[-1]), phi_k)
@@ -458,7 +474,7 @@ def linear_attention_step(
     out = numerator / ((phi_q * normaliser).sum(-1, keepdim=True) + eps)
     return out.to(v.dtype), LinearState(memory, normaliser)
 
-# %% ../../nbs/attention/linear_attention.ipynb #2ee6d85a
+# %% ../../nbs/attention/linear_attention.ipynb #829f1f6f
 def linear_attention(
     q: Tensor,
     k: Tensor,
@@ -500,8 +516,15 @@ def linear_attention(
         _, phi_k = _features(q, k[:, :, :past], feature_map, scale, mask)
         state = LinearState(phi_k.mT @ v[:, :, :past].to(phi_k.dtype), phi_k.sum(2))
         key_padding_mask = None if key_padding_mask is None else key_padding_mask[:, past:]
-    return causal_linear_attention(q, k[:, :, past:], v[:, :, past:], key_padding_mask=key_padding_mask, state=state,
-                                   chunk_size=chunk_size, **options)
+    return causal_linear_attention(
+        q,
+        k[:, :, past:],
+        v[:, :, past:],
+        key_padding_mask=key_padding_mask,
+        state=state,
+        chunk_size=chunk_size,
+        **options,
+    )
 
 
 class LinearAttention(nn.Module):
@@ -552,9 +575,17 @@ class LinearAttention(nn.Module):
         Returns:
             (B, H, N, E) in the dtype of `v`.
         """
-        return linear_attention(q, k, v, causal=causal, key_padding_mask=key_padding_mask,
-                                scale=self.scale if scale is None else scale, feature_map=self.feature_map,
-                                chunk_size=self.chunk_size, eps=self.eps)
+        return linear_attention(
+            q,
+            k,
+            v,
+            causal=causal,
+            key_padding_mask=key_padding_mask,
+            scale=self.scale if scale is None else scale,
+            feature_map=self.feature_map,
+            chunk_size=self.chunk_size,
+            eps=self.eps,
+        )
 
     def init_state(
         self,
@@ -574,7 +605,7 @@ class LinearAttention(nn.Module):
             heads: H.
             head_dim: D.
             value_dim: E; None means D.
-            max_length: not needed, since the state does not grow; accepted so that attentions can be exchanged.
+            max_length: not needed, the state does not grow; accepted so that attentions can be exchanged.
             dtype: dtype of the inputs to come; the state is at least float32.
             device: where the state lives.
 
@@ -600,8 +631,17 @@ class LinearAttention(nn.Module):
         if q.ndim == 4 and q.shape[2] == 1:
             out, state = self.step(state, q[:, :, 0], k[:, :, 0], v[:, :, 0])
             return out[:, :, None], state
-        return causal_linear_attention(q, k, v, feature_map=self.feature_map, chunk_size=self.chunk_size,
-                                       scale=self.scale, eps=self.eps, state=state, return_state=True)
+        return causal_linear_attention(
+            q,
+            k,
+            v,
+            feature_map=self.feature_map,
+            chunk_size=self.chunk_size,
+            scale=self.scale,
+            eps=self.eps,
+            state=state,
+            return_state=True,
+        )
 
     def step(self, state: LinearState, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, LinearState]:
         """Causal attention for one new token; see `linear_attention_step`.
@@ -615,9 +655,11 @@ class LinearAttention(nn.Module):
         Returns:
             Output (B, H, E) and the new state.
         """
-        return linear_attention_step(state, q, k, v, feature_map=self.feature_map, scale=self.scale, eps=self.eps)
+        return linear_attention_step(
+            state, q, k, v, feature_map=self.feature_map, scale=self.scale, eps=self.eps
+        )
 
-# %% ../../nbs/attention/linear_attention.ipynb #c545405f
+# %% ../../nbs/attention/linear_attention.ipynb #c39567b6
 class LinearTransformerLM(TextLM):
     """A byte language model with linear attention: parallel in training, recurrent in writing.
 
@@ -644,8 +686,14 @@ class LinearTransformerLM(TextLM):
         feature_map: FeatureMap = elu_plus_one,
         chunk_size: int = 64,
     ) -> None:
-        super().__init__(dim, layers, heads, hidden, lags,
-                         attention=lambda: LinearAttention(feature_map, chunk_size=chunk_size))
+        super().__init__(
+            dim,
+            layers,
+            heads,
+            hidden,
+            lags,
+            attention=lambda: LinearAttention(feature_map, chunk_size=chunk_size),
+        )
 
     @classmethod
     def pretrained(cls, *, chunk_size: int = 64) -> "LinearTransformerLM":
@@ -662,7 +710,7 @@ class LinearTransformerLM(TextLM):
         model.load_state_dict(trained.state_dict())
         return model.eval()
 
-# %% ../../nbs/attention/linear_attention.ipynb #9c2b0a4f
+# %% ../../nbs/attention/linear_attention.ipynb #42c98dca
 def linear_cost(
     length: int,
     features: int,
@@ -692,8 +740,15 @@ def linear_cost(
     Raises:
         ValueError: a size is not a positive integer.
     """
-    check_sizes(length=length, features=features, value_dim=value_dim, batch=batch, heads=heads,
-                chunk_size=chunk_size, itemsize=itemsize)
+    check_sizes(
+        length=length,
+        features=features,
+        value_dim=value_dim,
+        batch=batch,
+        heads=heads,
+        chunk_size=chunk_size,
+        itemsize=itemsize,
+    )
     width = value_dim + 1  # the values and the normaliser
     state = features * width * itemsize
     if causal:

@@ -22,7 +22,7 @@ from sklearn.model_selection import StratifiedKFold
 from sklearn.utils.metaestimators import available_if
 from torch import Tensor
 
-# %% ../../nbs/labels/smote.ipynb #b12ca244
+# %% ../../nbs/labels/smote.ipynb #2212ed45
 _SparseTable = sparse.csr_array | sparse.csr_matrix
 
 
@@ -38,8 +38,13 @@ def interpolate(X: Tensor | _SparseTable, start: Tensor, end: Tensor, gap: Tenso
     Returns:
         (s, d) points of the kind and dtype of `X`.
 
+    Raises:
+        TypeError: If `X` is not of a floating type: half-way between two integers is none.
+
     Source: Chawla et al. 2002, pseudo-code, function Populate.
     """
+    if not (X.is_floating_point() if isinstance(X, Tensor) else X.dtype.kind == "f"):
+        raise TypeError(f"X must be of a floating type, got {X.dtype}")
     if isinstance(X, Tensor):
         return X[start] + gap.to(X) * (X[end] - X[start])
     step = (X[end.numpy()] - X[start.numpy()]).multiply(gap.numpy())
@@ -143,7 +148,7 @@ def balanced_bases(n: int, n_new: int, generator: torch.Generator | None = None)
     shuffled = torch.randperm(n, generator=generator, device=device)
     return torch.cat([torch.arange(n, device=device).repeat(whole), shuffled[:rest]])
 
-# %% ../../nbs/labels/smote.ipynb #28bcbe9f
+# %% ../../nbs/labels/smote.ipynb #18979740
 class Draws(NamedTuple):
     """The random choices behind the synthetic points of one class.
 
@@ -200,10 +205,15 @@ def smote(
         (round(N / 100 n), d) synthetic points with the dtype and device of `points`.
 
     Raises:
-        ValueError: If `k` is not in [1, n - 1].
+        ValueError: If `k` is not in [1, n - 1], `amount` is negative or infinite, or `points` is not (n, d).
+        TypeError: If `points` is not of a floating type.
 
     Source: Chawla et al. 2002, pseudo-code of SMOTE(T, N, k).
     """
+    if points.ndim != 2:
+        raise ValueError(f"points must have shape (n, d), got {tuple(points.shape)}")
+    if not 0 <= amount < float("inf"):
+        raise ValueError(f"amount must be finite and at least 0, got {amount!r}")
     n, d = points.shape
     neighbors = nearest_neighbors(points, k)
     n_new, n_gaps = round(amount / 100 * n), d if per_attribute else 1

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..kernels.linear_attention import linear_attention
 
-# %% ../../nbs/models/text_linear.ipynb #9d4dd4c0
+# %% ../../nbs/models/text_linear.ipynb #b27d8adf
 class KVCache:
     """Keys and values of all tokens so far, in memory allocated once.
 
@@ -66,10 +66,14 @@ class KVCache:
         end = self.length + k.shape[2]
         batch, heads, limit, width = self._store.shape[1:]
         if k.shape != v.shape or (k.shape[0], k.shape[1], k.shape[3]) != (batch, heads, width):
-            raise ValueError(f"k and v must be ({batch}, {heads}, N, {width}), got {tuple(k.shape)} and {tuple(v.shape)}")
+            raise ValueError(
+                f"k and v must be ({batch}, {heads}, N, {width}), got {tuple(k.shape)} and {tuple(v.shape)}"
+            )
         if end > limit:
-            raise ValueError(f"the cache holds max_length={limit} tokens, {end} were given; make a larger one with "
-                             "init_state(max_length=...)")
+            raise ValueError(
+                f"the cache holds max_length={limit} tokens, {end} were given; make a larger one with "
+                "init_state(max_length=...)"
+            )
         self._store[0, :, :, self.length : end] = k
         self._store[1, :, :, self.length : end] = v
         self.length = end
@@ -155,7 +159,7 @@ class SoftmaxMixer(nn.Module):
         visible = torch.ones(new, past + new, dtype=torch.bool, device=q.device).tril(past)
         return F.scaled_dot_product_attention(q, keys, values, attn_mask=visible), state
 
-# %% ../../nbs/models/text_linear.ipynb #bcaaba7d
+# %% ../../nbs/models/text_linear.ipynb #7c002d56
 class MixerState(NamedTuple):
     """State of linear attention: two sums over all tokens so far."""
 
@@ -186,10 +190,12 @@ class LinearMixer(nn.Module):
     ) -> tuple[Tensor, MixerState]:
         dtype = torch.float32 if q.dtype in (torch.float16, torch.bfloat16) else q.dtype
         phi_q, phi_k = (x.to(dtype).clamp(max=0).exp() + x.to(dtype).relu() for x in (q, k))
-        # Off a GPU the operator is the quadratic reference; in pieces that hand on the state the cost stays linear.
+        # Off a GPU the operator is the quadratic reference; in pieces that hand on the state it stays linear.
         size, pieces = (q.shape[2] if q.is_cuda else 128), []
         for part in zip(phi_q.split(size, 2), phi_k.split(size, 2), v.to(dtype).split(size, 2)):
-            out, state = linear_attention(*part, normalise=True, eps=self.eps, initial_state=state, return_state=True)
+            out, state = linear_attention(
+                *part, normalise=True, eps=self.eps, initial_state=state, return_state=True
+            )
             pieces.append(out)
         return torch.cat(pieces, 2).to(v.dtype), MixerState(*state)
 
@@ -236,8 +242,10 @@ class LinearMixer(nn.Module):
             Zeros.
         """
         dtype = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-        return MixerState(torch.zeros(batch, heads, head_dim, head_dim, dtype=dtype, device=device),
-                          torch.zeros(batch, heads, head_dim, dtype=dtype, device=device))
+        return MixerState(
+            torch.zeros(batch, heads, head_dim, head_dim, dtype=dtype, device=device),
+            torch.zeros(batch, heads, head_dim, dtype=dtype, device=device),
+        )
 
     def extend(self, state: MixerState, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, MixerState]:
         """Attend from new tokens over all tokens so far and themselves.
@@ -256,7 +264,7 @@ class LinearMixer(nn.Module):
 
 MIXERS: dict[str, Callable[[], nn.Module]] = {"linear": LinearMixer, "softmax": SoftmaxMixer}
 
-# %% ../../nbs/models/text_linear.ipynb #39b4348d
+# %% ../../nbs/models/text_linear.ipynb #df2f4e00
 @dataclass
 class TextState:
     """What a `TextLM` remembers between two calls of `extend`."""
@@ -290,7 +298,9 @@ def rotate(x: Tensor, start: int = 0, base: float = 10_000.0) -> Tensor:
     half = x.shape[-1] // 2
     if x.shape[-1] != 2 * half:
         raise ValueError(f"x must have an even last dimension, got {tuple(x.shape)}")
-    exact = torch.float64 if x.dtype == torch.float64 else torch.float32  # an angle in half precision is noise
+    exact = (
+        torch.float64 if x.dtype == torch.float64 else torch.float32
+    )  # an angle in half precision is noise
     frequency = base ** (-torch.arange(half, device=x.device, dtype=exact) / half)
     position = torch.arange(start, start + x.shape[2], device=x.device, dtype=exact)
     angle = position[:, None] * frequency
@@ -390,7 +400,9 @@ class TextLM(nn.Module):
         self.sizes = dict(dim=dim, layers=layers, heads=heads, hidden=hidden, lags=lags)
         make = MIXERS[attention] if isinstance(attention, str) else attention
         self.embed = nn.Embedding(256, dim)
-        self.earlier = nn.ModuleList(nn.Embedding(257, dim) for _ in range(lags - 1))  # row 256: before the text
+        self.earlier = nn.ModuleList(
+            nn.Embedding(257, dim) for _ in range(lags - 1)
+        )  # row 256: before the text
         self.blocks = nn.ModuleList(Block(dim, heads, hidden, make()) for _ in range(layers))
         self.norm = nn.RMSNorm(dim, eps=1e-6)
         self._initialise()
@@ -412,15 +424,18 @@ class TextLM(nn.Module):
             TypeError: the attention was given as a function, which cannot be written down.
         """
         if not isinstance(self.attention, str):
-            raise TypeError("a model whose attention was given as a function has no config; "
-                            f"use one of {sorted(MIXERS)}")
+            raise TypeError(
+                f"a model whose attention was given as a function has no config; use one of {sorted(MIXERS)}"
+            )
         return {**self.sizes, "attention": self.attention}
 
     def _check(self, tokens: Tensor) -> Tensor:
         if tokens.dtype not in (torch.uint8, torch.int16, torch.int32, torch.int64):
             raise TypeError(f"tokens must be integers (bytes, 0 to 255), got {tokens.dtype}")
         if tokens.ndim != 2 or tokens.shape[1] == 0:
-            raise ValueError(f"tokens must be (batch, length) with at least one token, got {tuple(tokens.shape)}")
+            raise ValueError(
+                f"tokens must be (batch, length) with at least one token, got {tuple(tokens.shape)}"
+            )
         return tokens.long()
 
     def _before(self, batch: int) -> Tensor:
@@ -464,9 +479,21 @@ class TextLM(nn.Module):
             A `TextState` on the device and in the dtype of the weights.
         """
         weight = self.embed.weight
-        return TextState([block.mixer.init_state(batch, self.heads, self.dim // self.heads, max_length=max_length,
-                                                 dtype=weight.dtype, device=weight.device)
-                          for block in self.blocks], self._before(batch), 0)
+        return TextState(
+            [
+                block.mixer.init_state(
+                    batch,
+                    self.heads,
+                    self.dim // self.heads,
+                    max_length=max_length,
+                    dtype=weight.dtype,
+                    device=weight.device,
+                )
+                for block in self.blocks
+            ],
+            self._before(batch),
+            0,
+        )
 
     def extend(self, tokens: Tensor, state: TextState) -> tuple[Tensor, TextState]:
         """Recurrent mode: logits for some new tokens, given the state that earlier ones left.
@@ -486,11 +513,18 @@ class TextLM(nn.Module):
         for block, before in zip(self.blocks, state.layers, strict=True):
             x, after = block(x, before, state.position)
             layers.append(after)
-        return F.linear(self.norm(x), self.embed.weight), TextState(layers, recent, state.position + tokens.shape[1])
+        return F.linear(self.norm(x), self.embed.weight), TextState(
+            layers, recent, state.position + tokens.shape[1]
+        )
 
     @torch.no_grad()
     def generate(
-        self, prompt: Tensor, length: int, *, temperature: float = 1.0, generator: torch.Generator | None = None
+        self,
+        prompt: Tensor,
+        length: int,
+        *,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
     ) -> Tensor:
         """Continue a text, one byte at a time.
 
@@ -552,7 +586,9 @@ def encode(text: str | bytes) -> Tensor:
     Returns:
         int64, (N,), values 0 to 255.
     """
-    return torch.frombuffer(bytearray(text.encode() if isinstance(text, str) else text), dtype=torch.uint8).long()
+    return torch.frombuffer(
+        bytearray(text.encode() if isinstance(text, str) else text), dtype=torch.uint8
+    ).long()
 
 
 def decode(tokens: Tensor) -> str:
@@ -566,7 +602,7 @@ def decode(tokens: Tensor) -> str:
     """
     return bytes(tokens.tolist()).decode(errors="replace")
 
-# %% ../../nbs/models/text_linear.ipynb #fbc35087
+# %% ../../nbs/models/text_linear.ipynb #7da314a3
 @torch.no_grad()
 def window_bits(
     model: nn.Module, tokens: Tensor, *, context: int = 256, windows: int | None = None, batch: int = 16
@@ -577,7 +613,7 @@ def window_bits(
         model: from (B, N) tokens to (B, N, 256) logits; it is evaluated as it is (call `eval()` first).
         tokens: the held-out text, integers, (T,), T > context.
         context: length of a window; the first half is context alone, the second half is scored.
-        windows: number of windows, spread evenly; None for all, so that every byte after the first half is scored.
+        windows: number of windows, spread evenly; None scores every byte after the first half window.
         batch: windows evaluated together.
 
     Returns:
@@ -610,9 +646,9 @@ def window_bits(
 def ngram_bits(train: Tensor, held_out: Tensor, *, order: int = 5) -> float:
     """Bits per byte of an interpolated n-gram model of bytes, a baseline without a network.
 
-    The probability after a context of n - 1 bytes is interpolated with that after n - 2 bytes, and so on down to the
-    uniform distribution, with Witten and Bell's weights: a context that was seen c times with t different successors
-    trusts itself with weight c / (c + t).
+    The probability after a context of n - 1 bytes is interpolated with that after n - 2 bytes, and so on to
+    the uniform distribution, with Witten and Bell's weights: a context that was seen c times with t different
+    successors trusts itself with weight c / (c + t).
 
     Args:
         train: integers, (T,), the text to count in.
@@ -630,7 +666,9 @@ def ngram_bits(train: Tensor, held_out: Tensor, *, order: int = 5) -> float:
     if not 0 <= order <= 6:
         raise ValueError(f"order must be from 0 to 6, got {order}")
     if len(train) <= order or len(held_out) <= order:
-        raise ValueError(f"train and held_out must be longer than order={order}, got {len(train)} and {len(held_out)}")
+        raise ValueError(
+            f"train and held_out must be longer than order={order}, got {len(train)} and {len(held_out)}"
+        )
     seen, new = (x.cpu().numpy().astype(np.uint64) for x in (train, held_out))
 
     def codes(text: np.ndarray, length: int) -> np.ndarray:
@@ -648,7 +686,10 @@ def ngram_bits(train: Tensor, held_out: Tensor, *, order: int = 5) -> float:
     probability = np.full(len(new) - order, 1 / 256)
     for length in range(1, order + 2):  # context of length - 1 bytes and the byte itself
         full = np.unique(codes(seen, length), return_counts=True)
-        context, first, = np.unique(full[0] >> np.uint64(8), return_index=True)
+        (
+            context,
+            first,
+        ) = np.unique(full[0] >> np.uint64(8), return_index=True)
         kinds = np.diff(np.append(first, len(full[0])))
         totals = np.add.reduceat(full[1], first)
         wanted = codes(new, length)
@@ -659,7 +700,7 @@ def ngram_bits(train: Tensor, held_out: Tensor, *, order: int = 5) -> float:
             probability = np.where(c > 0, (joint + t * probability) / (c + t), probability)
     return float(-np.log2(probability).mean())
 
-# %% ../../nbs/models/text_linear.ipynb #020afd7f
+# %% ../../nbs/models/text_linear.ipynb #802dd045
 def train_text_lm(
     model: TextLM,
     tokens: Tensor,
@@ -678,7 +719,7 @@ def train_text_lm(
         steps: optimiser steps.
         batch: windows per step.
         context: length of a window.
-        learning_rate: peak, reached after 50 steps (or a fifth of a short run), then falling linearly to a twentieth.
+        learning_rate: peak, reached after 50 steps (a fifth of a short run), then falling to a twentieth.
         seed: seed of the windows.
 
     Returns:
@@ -694,11 +735,15 @@ def train_text_lm(
     device = next(model.parameters()).device
     matrices = [p for p in model.parameters() if p.ndim == 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
-    optimiser = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}],
-                                  lr=learning_rate, betas=(0.9, 0.95))
+    optimiser = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}],
+        lr=learning_rate,
+        betas=(0.9, 0.95),
+    )
     warm_up = min(50, max(1, steps // 5))
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda i: min(1.0, (i + 1) / warm_up) * (1 - 0.95 * i / steps))
+        optimiser, lambda i: min(1.0, (i + 1) / warm_up) * (1 - 0.95 * i / steps)
+    )
     generator = torch.Generator().manual_seed(seed)
     model.train()
     losses = []

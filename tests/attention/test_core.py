@@ -113,7 +113,9 @@ def test_error_measures_on_cases_done_by_hand():
     torch.testing.assert_close(effective_keys(torch.stack([one_hot, uniform])), torch.tensor([1.0, 4.0]))
     assert total_variation(one_hot, uniform) == 0.75 and total_variation(uniform, uniform) == 0
     exact = torch.ones(1, 2, 3, 4)
-    torch.testing.assert_close(relative_error(1.5 * exact, exact), torch.full((1, 2), 0.5, dtype=torch.float64))
+    torch.testing.assert_close(
+        relative_error(1.5 * exact, exact), torch.full((1, 2), 0.5, dtype=torch.float64)
+    )
     assert relative_error(0 * exact, 0 * exact).max() == 0 and relative_error(exact, 0 * exact).isinf().all()
     with pytest.raises(ValueError, match="must not be negative"):
         effective_keys(-one_hot)
@@ -135,7 +137,9 @@ def leaky_causality(q, k, v, *, causal=False, key_padding_mask=None, **options):
     if causal:  # one more key, which is ignored, shifts the triangle by one
         k, v = (F.pad(x, (0, 0, 0, 1)) for x in (k, v))
         ignored = torch.zeros(k.shape[0], k.shape[2] - 1, dtype=torch.bool)
-        key_padding_mask = F.pad(ignored if key_padding_mask is None else key_padding_mask, (0, 1), value=True)
+        key_padding_mask = F.pad(
+            ignored if key_padding_mask is None else key_padding_mask, (0, 1), value=True
+        )
     return softmax_attention(q, k, v, causal=causal, key_padding_mask=key_padding_mask, **options)
 
 

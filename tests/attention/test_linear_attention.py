@@ -35,7 +35,10 @@ def test_favor_is_unbiased_with_the_known_variance():
     g = torch.Generator().manual_seed(0)
     x = torch.tensor([[0.3, -0.2, 0.1, 0.4]], dtype=torch.float64)
     y = torch.tensor([[0.1, 0.3, -0.3, 0.2]], dtype=torch.float64)
-    m, draws = 4, 40_000  # one large set of features holds 40,000 independent sets of 4 (one orthogonal block)
+    m, draws = (
+        4,
+        40_000,
+    )  # one large set of features holds 40,000 independent sets of 4 (one orthogonal block)
     found = {}
     for orthogonal in (False, True):
         phi = FavorFeatures(4, m * draws, orthogonal=orthogonal, generator=g)
@@ -48,7 +51,10 @@ def test_favor_is_unbiased_with_the_known_variance():
     # Choromanski et al. 2021, theorem 2: orthogonal directions lower the variance by at least this much
     norms = x.square().sum() + y.square().sum()
     gain = 2 * (m - 1) / (m * (4 + 2)) * (mean - (-norms / 2).exp()) ** 2
-    assert gain > 0.07 * variance and found[True].var() < 1.03 * (variance - gain), (found[True].var(), variance - gain)
+    assert gain > 0.07 * variance and found[True].var() < 1.03 * (variance - gain), (
+        found[True].var(),
+        variance - gain,
+    )
 
 
 FEATURE_MAPS = {
@@ -88,7 +94,9 @@ def test_chunked_is_the_quadratic_form(name):
         expected = linear_attention_weights(q, k, feature_map=phi, causal=True, key_padding_mask=mask) @ v
         wanted = torch.autograd.grad(expected.square().sum(), (q, k, v))
         for chunk_size in (1, 4, 13, 50):
-            out = causal_linear_attention(q, k, v, feature_map=phi, chunk_size=chunk_size, key_padding_mask=mask)
+            out = causal_linear_attention(
+                q, k, v, feature_map=phi, chunk_size=chunk_size, key_padding_mask=mask
+            )
             torch.testing.assert_close(out, expected)
             grads = torch.autograd.grad(out.square().sum(), (q, k, v))
             for found, grad in zip(grads, wanted):
@@ -110,12 +118,15 @@ def test_a_text_may_be_cut_anywhere_and_reset_forgets():
     q, k, v = random_qkv(10)
     whole, final = causal_linear_attention(q, k, v, return_state=True)
     left, state = causal_linear_attention(q[:, :, :6], k[:, :, :6], v[:, :, :6], return_state=True)
-    right, end = causal_linear_attention(q[:, :, 6:], k[:, :, 6:], v[:, :, 6:], state=state, return_state=True)
+    right, end = causal_linear_attention(
+        q[:, :, 6:], k[:, :, 6:], v[:, :, 6:], state=state, return_state=True
+    )
     torch.testing.assert_close(torch.cat([left, right], 2), whole)
     torch.testing.assert_close(end, final)
     fresh = causal_linear_attention(q[:, :, 6:], k[:, :, 6:], v[:, :, 6:])
-    mixed = causal_linear_attention(q[:, :, 6:], k[:, :, 6:], v[:, :, 6:],
-                                    state=state.reset(torch.tensor([True, False])))
+    mixed = causal_linear_attention(
+        q[:, :, 6:], k[:, :, 6:], v[:, :, 6:], state=state.reset(torch.tensor([True, False]))
+    )
     torch.testing.assert_close(mixed[0], fresh[0])
     torch.testing.assert_close(mixed[1], whole[1, :, 6:])
     assert (mixed[1] - fresh[1]).abs().max() > 1e-3
@@ -161,7 +172,9 @@ def test_the_battery_passes_for_every_positive_feature_map():
     for name in ("Taylor-2", "FAVOR+"):
         favor = FavorFeatures(8, 20, generator=torch.Generator().manual_seed(0))
         phi = favor if name == "FAVOR+" else FEATURE_MAPS[name]
-        check_attention(LinearAttention(phi, chunk_size=4, scale=8**-0.5, eps=1e-9))  # random features can be tiny
+        check_attention(
+            LinearAttention(phi, chunk_size=4, scale=8**-0.5, eps=1e-9)
+        )  # random features can be tiny
     check_attention(slipped("nothing"), causal_only=True)
 
 
@@ -229,7 +242,10 @@ def test_half_inputs_keep_an_exact_state():
 
 def test_favor_converges_to_softmax_attention():
     q, k, v = random_qkv(24, d=8)
-    q, k = q / 2, k / 2  # the variance grows like exp(|q + k|^2 / sqrt(D)): with large inputs the rate shows only far out
+    q, k = (
+        q / 2,
+        k / 2,
+    )  # the variance grows like exp(|q + k|^2 / sqrt(D)): with large inputs the rate shows only far out
     exact = softmax_attention(q, k, v, causal=True)
     errors = []
     for m in (32, 128, 512, 2048):
@@ -245,17 +261,33 @@ def test_taylor_attention_is_softmax_attention_up_to_third_order():
     errors = []
     for t in (0.4, 0.2):
         exact = softmax_attention(t * q, t * k, v, causal=True)
-        errors.append((linear_attention(t * q, t * k, v, causal=True, feature_map=taylor_features, scale=8**-0.5,
-                                        eps=0.0) - exact).norm())
+        errors.append(
+            (
+                linear_attention(
+                    t * q, t * k, v, causal=True, feature_map=taylor_features, scale=8**-0.5, eps=0.0
+                )
+                - exact
+            ).norm()
+        )
     assert errors[0] / errors[1] > 2**5.5, errors
 
 
 def test_the_kernels_reference_agrees():
     q, k, v = (x.requires_grad_() for x in random_qkv(19))
-    initial = LinearState(torch.rand(2, 3, 6, 5, dtype=torch.float64), 1 + torch.rand(2, 3, 6, dtype=torch.float64))
+    initial = LinearState(
+        torch.rand(2, 3, 6, 5, dtype=torch.float64), 1 + torch.rand(2, 3, 6, dtype=torch.float64)
+    )
     out, state = causal_linear_attention(q, k, v, state=initial, return_state=True, chunk_size=8)
-    other, after = kernel(elu_plus_one(q), elu_plus_one(k), v, normalise=True, eps=1e-6, initial_state=tuple(initial),
-                          return_state=True, impl="torch")
+    other, after = kernel(
+        elu_plus_one(q),
+        elu_plus_one(k),
+        v,
+        normalise=True,
+        eps=1e-6,
+        initial_state=tuple(initial),
+        return_state=True,
+        impl="torch",
+    )
     torch.testing.assert_close(out, other)
     torch.testing.assert_close(tuple(state), tuple(after))
     for found, wanted in zip(*(torch.autograd.grad(x.square().sum(), (q, k, v)) for x in (out, other))):
@@ -269,8 +301,12 @@ def test_the_trained_model_is_the_same_function_with_either_implementation():
 
     tokens = torch.randint(32, 127, (2, 70), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        torch.testing.assert_close(LinearTransformerLM.pretrained(chunk_size=16)(tokens), load("text_linear")(tokens),
-                                   rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            LinearTransformerLM.pretrained(chunk_size=16)(tokens),
+            load("text_linear")(tokens),
+            rtol=1e-4,
+            atol=1e-4,
+        )
 
 
 def test_bad_input_is_named():
@@ -278,15 +314,35 @@ def test_bad_input_is_named():
     state = LinearState.zeros(2, 3, 6, 5, dtype=torch.float64)
     for call, error, message in [
         (lambda: causal_linear_attention(q[:, :, :3], k, v), ValueError, "as many positions as q, 3, got 4"),
-        (lambda: causal_linear_attention(q, k, v, chunk_size=0), ValueError, "chunk_size must be a positive integer"),
+        (
+            lambda: causal_linear_attention(q, k, v, chunk_size=0),
+            ValueError,
+            "chunk_size must be a positive integer",
+        ),
         (lambda: causal_linear_attention(q, k, v, impl="cuda"), ValueError, "impl must be"),
-        (lambda: causal_linear_attention(q, k, v, state=state.memory), TypeError, "state must be a LinearState"),
-        (lambda: causal_linear_attention(q, k, v[..., :3], state=state), ValueError, r"state must hold memory \(2, 3, 6, 3\)"),
-        (lambda: causal_linear_attention(q.float(), k.float(), v.float(), state=state), ValueError, "torch.float32"),
+        (
+            lambda: causal_linear_attention(q, k, v, state=state.memory),
+            TypeError,
+            "state must be a LinearState",
+        ),
+        (
+            lambda: causal_linear_attention(q, k, v[..., :3], state=state),
+            ValueError,
+            r"state must hold memory \(2, 3, 6, 3\)",
+        ),
+        (
+            lambda: causal_linear_attention(q.float(), k.float(), v.float(), state=state),
+            ValueError,
+            "torch.float32",
+        ),
         (lambda: linear_attention(q, k, v, scale=-1.0), ValueError, "scale must be positive"),
         (lambda: linear_attention(q, k, v, feature_map=lambda x: x[0]), ValueError, "feature_map must map"),
         (lambda: linear_attention_step(state, q, k, v), ValueError, "q must have 3 dimensions"),
-        (lambda: LinearState.zeros(1, 1, 2, 2, dtype=torch.float16), ValueError, "half precision loses the sum"),
+        (
+            lambda: LinearState.zeros(1, 1, 2, 2, dtype=torch.float16),
+            ValueError,
+            "half precision loses the sum",
+        ),
         (lambda: state.reset(torch.zeros(2)), TypeError, "rows must be bool"),
         (lambda: state.reset(torch.zeros(3, dtype=torch.bool)), ValueError, r"rows must be \(B,\)"),
         (lambda: FavorFeatures(8, 0), ValueError, "features must be a positive integer"),

@@ -9,7 +9,7 @@ import types
 import pytest
 import torch
 
-from paperbench.kernels.core import CARDS, HAS_TRITON, MissingKernel, TARGETS, check_tensors, compile_report, compile_table, copy_bandwidth, environment, interpreter, is_interpreting, jit, launch, matrix_peak, measure, next_power_of_2, read_results, relative_error, resolve_impl, rows_contiguous, tl, write_results
+from paperbench.kernels.core import CARDS, HAS_TRITON, MissingKernel, TARGETS, aligned_rows, check_tensors, compile_report, compile_table, copy_bandwidth, environment, interpreter, is_interpreting, jit, launch, matrix_peak, measure, next_power_of_2, read_results, relative_error, resolve_impl, tl, write_results
 
 
 @jit
@@ -91,10 +91,13 @@ def test_arguments_are_checked_by_name():
         check_tensors(q=torch.ones(1), k=torch.ones(1, device="meta"))
 
 
-def test_rows_are_copied_only_when_they_are_strided():
-    x = torch.randn(3, 4, 5)
-    assert rows_contiguous(x.transpose(0, 1)).data_ptr() == x.data_ptr()
-    assert rows_contiguous(x.transpose(1, 2)).stride(-1) == 1
+def test_rows_are_copied_only_when_they_must_be():
+    x = torch.randn(3, 4, 32)
+    assert aligned_rows(x.transpose(0, 1)).data_ptr() == x.data_ptr()
+    for view in (x.transpose(1, 2), x[..., :17], x[..., 1:17], x.expand(2, 3, 4, 32)[..., ::2], x[:, :1].mT):
+        copy = aligned_rows(view)
+        assert copy.stride(-1) == 1 and copy.shape[-1] % 16 == 0 and copy.is_contiguous()
+        assert torch.equal(copy[..., : view.shape[-1]], view) and not copy[..., view.shape[-1] :].any()
     assert [next_power_of_2(n) for n in (0, 1, 2, 3, 16, 17)] == [1, 1, 2, 4, 16, 32]
 
 

@@ -146,6 +146,33 @@ def test_features_wider_than_a_block(sizes, dtype):
 
 
 @needs_triton
+@pytest.mark.parametrize("layout", ["plain", "tokens first", "strided rows", "slice"])
+def test_launches_ask_only_for_what_was_compiled(layout, monkeypatch):
+    """Every pointer and stride is divisible by 16, every compile-time argument is one of the report's."""
+    known = {(c.kernel, *sorted(map(str, c.constants.items()))) for c in la.configurations(("sm_80",))}
+    seen = []
+
+    def check(kernel, programs, *args, num_warps=4, num_stages=2, **constants):
+        for name, value in zip(kernel.arg_names, args):
+            if name.endswith("_ptr"):
+                assert value.data_ptr() % 16 == 0, name
+            elif name.startswith("stride_") or name in ("K", "V", "rows", "cols"):
+                assert value % 16 == 0, name
+        assert (kernel, *sorted(map(str, constants.items()))) in known, constants
+        seen.append(kernel)
+        core.launch(kernel, programs, *args, num_warps=num_warps, num_stages=num_stages, **constants)
+
+    monkeypatch.setattr(la, "launch", check)
+    errors_of(leaves_of((1, 2, 65, 5, 19), torch.bfloat16, True, 0), span_tokens=64, layout=layout)
+    assert set(seen) == {
+        la.span_state_kernel,
+        la.span_prefix_kernel,
+        la.chunk_scan_kernel,
+        la.row_terms_kernel,
+    }
+
+
+@needs_triton
 @pytest.mark.parametrize("magnitude", [1e-30, 1e30])
 def test_extreme_values(magnitude):
     errors = errors_of(leaves_of((1, 1, 20, 3, 4), torch.float32, False, 0, magnitude))

@@ -241,6 +241,10 @@ def test_bad_tables_name_the_table():
         SmoteNC([0, 1, 2]).fit_resample(X, y)
     with pytest.raises(ValueError, match="under"):
         random_undersample(X, y, under=0)
+    with pytest.raises(TypeError, match="floating"):
+        smote(torch.arange(20).reshape(10, 2), 100)
+    with pytest.raises(ValueError, match="amount must"):
+        smote(torch.rand(10, 2), -100)
     with pytest.raises(ValueError, match="rates in"):
         auc(np.array([[0.1, 1.2]]))
 

@@ -35,7 +35,9 @@ def test_parallel_and_recurrent_mode_agree(attention):
     changed = tokens.clone()
     changed[:, 12] = (changed[:, 12] + 1) % 256
     again = model(changed)
-    assert torch.equal(again[:, :12], expected[:, :12]) and (again[:, 12:] - expected[:, 12:]).abs().max() > 1e-3
+    assert (
+        torch.equal(again[:, :12], expected[:, :12]) and (again[:, 12:] - expected[:, 12:]).abs().max() > 1e-3
+    )
 
 
 def test_the_cache_grows_rolls_back_and_has_an_end_the_state_does_not():
