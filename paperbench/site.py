@@ -1874,7 +1874,7 @@ class _Pages:
             elif path.is_dir() and not any(path.iterdir()):
                 path.rmdir()
 
-# %% ../nbs/workbench/site.ipynb #cddd049c
+# %% ../nbs/workbench/site.ipynb #d08796e2
 def build_site(root: str | os.PathLike | None = None, *, engine: str = "auto") -> SiteReport:
     """Build the website of a project.
 
@@ -1988,7 +1988,8 @@ def build_site(root: str | os.PathLike | None = None, *, engine: str = "auto") -
         if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp")
     ):
         relative = path.relative_to(root / "nbs")
-        if not any(part[0] in "._" for part in relative.parts):
+        own = relative.parts[:2] == ("workbench", "assets")
+        if not own and not any(part[0] in "._" for part in relative.parts):
             fixed(relative.as_posix(), path.read_bytes())
     fixed("_quarto.yml", (root / "_quarto.yml").read_bytes())
     pages.clean()
