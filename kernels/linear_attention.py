@@ -8,13 +8,11 @@ __all__ = ['METHODS', 'MAX_BLOCK', 'SPAN_QUANTUM', 'MIN_SPAN', 'linear_attention
            'chunk_scan_kernel', 'row_terms_kernel', 'linear_attention', 'Configuration', 'configurations',
            'compile_configuration', 'fingerprint', 'compile_all', 'benchmark']
 
-# %% ../nbs/kernels/linear_attention.ipynb #fd812854
+# %% ../nbs/kernels/linear_attention.ipynb #cd5f7daf
 import hashlib
 import inspect
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -22,10 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from paperbench.kernels.core import (
-    HAS_TRITON,
     KERNEL_DTYPES,
     TARGETS,
-    MissingKernel,
     aligned_rows,
     check_tensors,
     compile_report,

@@ -296,13 +296,13 @@ def linear_attention_weights(
     weights = (phi_q @ phi_k.mT).masked_fill(~visible, 0)
     return weights / (weights.sum(-1, keepdim=True) + eps)
 
-# %% ../../nbs/attention/linear_attention.ipynb #df7719be
+# %% ../../nbs/attention/linear_attention.ipynb #8f8e1637
 class CausalLinearFn(torch.autograd.Function):
     """Unnormalised causal linear attention, chunk by chunk, with a backward that keeps no intermediate state.
 
     `CausalLinearFn.apply(phi_q, phi_k, v, memory, chunk_size)`, for phi_q, phi_k (B, H, N, F), v (B, H, N, E)
     and memory (B, H, F, E), all of one dtype, gives the outputs n_i = phi(q_i)^T S_i, (B, H, N, E), and the
-    state S_N, (B, H, F, E). Besides inputs, outputs and gradients it needs O(chunk_size^2 + F E) memory either way.
+    state S_N, (B, H, F, E). Besides inputs, outputs and gradients it needs O(chunk_size^2 + F E) memory.
 
     Source: Katharopoulos et al. 2020, equations 13 to 15 and algorithm 1, in chunks.
     """
@@ -347,7 +347,7 @@ class CausalLinearFn(torch.autograd.Function):
             asked += q.mT @ g
         return grad_q, grad_k, grad_v, asked, None
 
-# %% ../../nbs/attention/linear_attention.ipynb #a622654e
+# %% ../../nbs/attention/linear_attention.ipynb #d2922603
 def causal_linear_attention(
     q: Tensor,
     k: Tensor,
@@ -404,9 +404,8 @@ def causal_linear_attention(
         )
     else:
         memory = torch.cat([state.memory, state.normaliser[..., None]], dim=-1)
-        u = nn.functional.pad(
-            u, (0, 1), value=1.0
-        )  # the normaliser is the state of a value that is always one
+        # the normaliser is the state of a value that is always one
+        u = nn.functional.pad(u, (0, 1), value=1.0)
         out, memory = CausalLinearFn.apply(phi_q, phi_k, u, memory, chunk_size)
         out = out[..., :-1] / (out[..., -1:] + eps)
         memory, normaliser = memory[..., :-1], memory[..., -1]

@@ -264,7 +264,7 @@ class LinearMixer(nn.Module):
 
 MIXERS: dict[str, Callable[[], nn.Module]] = {"linear": LinearMixer, "softmax": SoftmaxMixer}
 
-# %% ../../nbs/models/text_linear.ipynb #df2f4e00
+# %% ../../nbs/models/text_linear.ipynb #6c883bde
 @dataclass
 class TextState:
     """What a `TextLM` remembers between two calls of `extend`."""
@@ -298,9 +298,8 @@ def rotate(x: Tensor, start: int = 0, base: float = 10_000.0) -> Tensor:
     half = x.shape[-1] // 2
     if x.shape[-1] != 2 * half:
         raise ValueError(f"x must have an even last dimension, got {tuple(x.shape)}")
-    exact = (
-        torch.float64 if x.dtype == torch.float64 else torch.float32
-    )  # an angle in half precision is noise
+    # an angle in half precision is noise
+    exact = torch.float64 if x.dtype == torch.float64 else torch.float32
     frequency = base ** (-torch.arange(half, device=x.device, dtype=exact) / half)
     position = torch.arange(start, start + x.shape[2], device=x.device, dtype=exact)
     angle = position[:, None] * frequency
@@ -400,9 +399,8 @@ class TextLM(nn.Module):
         self.sizes = dict(dim=dim, layers=layers, heads=heads, hidden=hidden, lags=lags)
         make = MIXERS[attention] if isinstance(attention, str) else attention
         self.embed = nn.Embedding(256, dim)
-        self.earlier = nn.ModuleList(
-            nn.Embedding(257, dim) for _ in range(lags - 1)
-        )  # row 256: before the text
+        # row 256 of these tables stands for "before the text"
+        self.earlier = nn.ModuleList(nn.Embedding(257, dim) for _ in range(lags - 1))
         self.blocks = nn.ModuleList(Block(dim, heads, hidden, make()) for _ in range(layers))
         self.norm = nn.RMSNorm(dim, eps=1e-6)
         self._initialise()

@@ -35,10 +35,7 @@ def test_favor_is_unbiased_with_the_known_variance():
     g = torch.Generator().manual_seed(0)
     x = torch.tensor([[0.3, -0.2, 0.1, 0.4]], dtype=torch.float64)
     y = torch.tensor([[0.1, 0.3, -0.3, 0.2]], dtype=torch.float64)
-    m, draws = (
-        4,
-        40_000,
-    )  # one large set of features holds 40,000 independent sets of 4 (one orthogonal block)
+    m, draws = 4, 40_000  # one large set holds 40,000 independent sets of 4 features (one orthogonal block)
     found = {}
     for orthogonal in (False, True):
         phi = FavorFeatures(4, m * draws, orthogonal=orthogonal, generator=g)
@@ -172,9 +169,8 @@ def test_the_battery_passes_for_every_positive_feature_map():
     for name in ("Taylor-2", "FAVOR+"):
         favor = FavorFeatures(8, 20, generator=torch.Generator().manual_seed(0))
         phi = favor if name == "FAVOR+" else FEATURE_MAPS[name]
-        check_attention(
-            LinearAttention(phi, chunk_size=4, scale=8**-0.5, eps=1e-9)
-        )  # random features can be tiny
+        # random features can be tiny, so eps is too
+        check_attention(LinearAttention(phi, chunk_size=4, scale=8**-0.5, eps=1e-9))
     check_attention(slipped("nothing"), causal_only=True)
 
 
@@ -242,10 +238,8 @@ def test_half_inputs_keep_an_exact_state():
 
 def test_favor_converges_to_softmax_attention():
     q, k, v = random_qkv(24, d=8)
-    q, k = (
-        q / 2,
-        k / 2,
-    )  # the variance grows like exp(|q + k|^2 / sqrt(D)): with large inputs the rate shows only far out
+    # the variance grows like exp(|q + k|^2 / sqrt(D)): with large inputs the rate shows only far out
+    q, k = q / 2, k / 2
     exact = softmax_attention(q, k, v, causal=True)
     errors = []
     for m in (32, 128, 512, 2048):
