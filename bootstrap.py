@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent
 VENV = Path(os.environ.get("VENV", ROOT / ".venv")).resolve()
 PYTHON = VENV / "bin" / "python"
 INPUTS = ("constraints.txt", "settings.ini", "pyproject.toml", "setup.py", "bootstrap.py")
-EXTRAS = "cluster,data,site,dev"
+EXTRAS = "cluster,data,minilm,site,dev"
 
 
 def fingerprint() -> str:

@@ -77,7 +77,8 @@ def test_open_a_notebook_from_home_run_it_and_move_a_slider(lab, browser):
                 panel.locator(".jp-WindowedPanel-outer").evaluate("e => e.scrollTo(0, 0)")
         slider.wait_for()
         slider.scroll_into_view_if_needed()
-        plot = panel.locator(".js-plotly-plot").filter(has=page.locator(".main-svg")).last
+        output = slider.locator("xpath=ancestor::*[contains(@class, 'jp-OutputArea-child')][1]")
+        plot = output.locator(".js-plotly-plot").filter(has=page.locator(".main-svg")).first
         plot.wait_for()
         shown = "e => JSON.stringify(e.data.map(t => [t.x, t.y, t.z]))"
         before = plot.evaluate(shown)
