@@ -102,7 +102,7 @@ def project(args: argparse.Namespace) -> Path:
     """The project's root that the options name, or that holds the working directory."""
     return Path(args.root).resolve() if args.root else project_root()
 
-# %% ../nbs/workbench/cli.ipynb #22f220d9
+# %% ../nbs/workbench/cli.ipynb #ca45f789
 def cmd_list(args: argparse.Namespace, extra: Sequence[str]) -> int:
     """Print the catalogue, searched and filtered."""
     found = catalogue(args.root)
@@ -135,6 +135,7 @@ def cmd_open(args: argparse.Namespace, extra: Sequence[str]) -> int:
         return 0 if webbrowser.open(page.as_uri()) else 1
     command = [
         sys.executable, "-m", "jupyterlab", "--ServerApp.ip=127.0.0.1", f"--ServerApp.root_dir={root}",
+        "--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
         f"--LabApp.default_url=/lab/tree/nbs/{entry.path}", *extra,
     ]
     os.execv(sys.executable, command)

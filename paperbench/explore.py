@@ -762,7 +762,7 @@ def change(target: Any, new: Mapping[str, Any], skip: Sequence[str]) -> None:
         if key not in skip and (key not in old or not same(old[key], value)):
             target[key] = value
 
-# %% ../nbs/workbench/explore.ipynb #48c84b5a
+# %% ../nbs/workbench/explore.ipynb #4bf85836
 MIME = "application/vnd.paperbench.explore+json"
 FRAME_BUDGET = 700_000
 
@@ -887,13 +887,17 @@ class Exploration:
         figure = LiveFigure(self.draw(**self.values([c.initial for c in self.controls])))
         message = widgets.HTML()
         inputs = []
-        wide = dict(style={"description_width": "initial"}, layout=widgets.Layout(width="21em"))
+
+        def wide(label: str) -> dict[str, Any]:  # room for the label and for a slider worth dragging
+            width = f"{max(21, 15 + 0.55 * len(label)):.0f}em"
+            return dict(style={"description_width": "initial"}, layout=widgets.Layout(width=width, max_width="100%"))
+
         for c in self.controls:
             if c.kind == "check":
                 inputs.append(widgets.Checkbox(value=c.values[c.initial], description=c.label, indent=False))
             else:
                 kind = widgets.SelectionSlider if c.kind == "slider" else widgets.Dropdown
-                inputs.append(kind(options=list(zip(unique(c.texts), range(len(c.values)), strict=True)), value=c.initial, description=c.label, **wide))
+                inputs.append(kind(options=list(zip(unique(c.texts), range(len(c.values)), strict=True)), value=c.initial, description=c.label, **wide(c.label)))
 
         def redraw(_: Any = None) -> None:
             positions = [int(w.value) for w in inputs]
