@@ -102,7 +102,7 @@ def project(args: argparse.Namespace) -> Path:
     """The project's root that the options name, or that holds the working directory."""
     return Path(args.root).resolve() if args.root else project_root()
 
-# %% ../nbs/workbench/cli.ipynb #ca45f789
+# %% ../nbs/workbench/cli.ipynb #de5d1f3f
 def cmd_list(args: argparse.Namespace, extra: Sequence[str]) -> int:
     """Print the catalogue, searched and filtered."""
     found = catalogue(args.root)
@@ -235,6 +235,8 @@ def cmd_bench(args: argparse.Namespace, extra: Sequence[str]) -> int:
 
     import torch
 
+    from paperbench.kernels.core import write_results
+
     root = project(args)
     kernels = [e for e in catalogue(root, strict=False) if e.kind == "kernel"]
     if args.kernel:
@@ -244,9 +246,10 @@ def cmd_bench(args: argparse.Namespace, extra: Sequence[str]) -> int:
         return 1
     for e in kernels:
         result = importlib.import_module(e.module).benchmark(args.device)
-        path = root / "nbs" / "kernels" / "_results" / f"{e.slug}.json"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        folder = root / "nbs" / "kernels" if args.device.startswith("cuda") else root / "_runs" / "kernels"
+        path = folder / f"{e.slug}_{'gpu' if args.device.startswith('cuda') else 'cpu'}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_results(path, result)
         print(f"wrote {path.relative_to(root)}")
     return 0
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from paperbench.data import PHOTOGRAPHS, _SKIPPED, _breast_cancer, _diabetes, _digits, _imbalanced, _mnist1d, _photograph_patches, _pixels, _python_text, _series, _wine, breast_cancer, diabetes, digits, imbalanced, list_imbalanced, list_photographs, list_series, mnist1d, photograph, photograph_patches, python_text, series, wine
+from paperbench.data_control import gridworld, riverswim
 from paperbench.data_core import Dataset, windows
 from paperbench.data_generated import addition, agreement_sentences, block_model, click_logs, context_free_language, facts, grid_graph, karate_club, modular_arithmetic, point_clouds, ratings, regular_language, swiss_roll
 
@@ -305,7 +306,7 @@ def test_nothing_reaches_for_the_network(monkeypatch):
         *(lambda: imbalanced("digits-8"), lambda: regular_language(n=60), lambda: facts(4)),
         *(lambda: context_free_language(n=60), lambda: agreement_sentences(60), modular_arithmetic),
         *(lambda: addition(2, 100), lambda: click_logs(sessions=200), ratings),
-        *(karate_club, block_model, grid_graph),
+        *(karate_club, block_model, grid_graph, gridworld, riverswim),
         *(lambda: point_clouds(16, 5), swiss_roll),
     ]
     if present("skimage"):

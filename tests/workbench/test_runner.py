@@ -159,6 +159,7 @@ def test_exactly_the_dependents_of_a_changed_file_are_stale():
             "a__net": toy_notebook("from paperbench.models import load", "load('net')"),
             "a__plain": toy_notebook("1 + 1", "%%bash\necho 'not python'"),
             "a__shell": toy_notebook("%time import paperbench.lonely", "!ls"),
+            "a__table": toy_notebook("open('measured.json').read()"),
         }
         root = toy_project(tmp, **nbs)
         toy_library(root)
@@ -181,7 +182,8 @@ def test_exactly_the_dependents_of_a_changed_file_are_stale():
         assert changed_by(library / "weights/other.safetensors", "trained longer") == []
         assert changed_by(library / "labels/__init__.py", "x = 1\n") == ["method"]
         assert changed_by(library / "__init__.py", "__version__ = 2\n") == ["method", "net"]
-        assert changed_by(root / "constraints.txt", "torch==2.14.0\n") == ["method", "net", "plain", "shell"]
+        assert changed_by(root / "nbs/a/measured.json", "{}") == changed_by(root / "nbs/a/measured.json", "[]") == ["table"]
+        assert changed_by(root / "constraints.txt", "torch==2.14.0\n") == sorted(n.removeprefix("a__") for n in nbs)
         assert changed_by(root / "nbs/a/plain.ipynb", json.dumps(toy_notebook("1 + 2"))) == ["plain"]
 
         def run_and_saved(nb):
