@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['clean', 'parser', 'project', 'cmd_list', 'cmd_open', 'cmd_run', 'cmd_docs', 'cmd_check', 'cmd_new', 'cmd_export',
-           'cmd_clean', 'say_changed', 'cmd_report', 'cmd_bench', 'main']
+           'cmd_clean', 'say_changed', 'cmd_report', 'cmd_bench', 'split_open', 'main']
 
 # %% ../nbs/workbench/cli.ipynb #da1edc12
 import argparse
@@ -253,7 +253,34 @@ def cmd_bench(args: argparse.Namespace, extra: Sequence[str]) -> int:
         print(f"wrote {path.relative_to(root)}")
     return 0
 
-# %% ../nbs/workbench/cli.ipynb #f32f9eac
+# %% ../nbs/workbench/cli.ipynb #ab3f98a9
+def split_open(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Separate what `paperbench open` passes on to JupyterLab from what it reads itself.
+
+    Everything behind the name, or behind the first option that is not the command's own, is JupyterLab's: in
+    `open --port 8899` the number belongs to the option and names no notebook.
+
+    Args:
+        words: the command's arguments.
+
+    Returns:
+        The command's own arguments, and JupyterLab's.
+    """
+    start = 0
+    while start < len(words) and words[start].startswith("-"):
+        start += 1 if "=" in words[start] or words[start] in ("-h", "--help") else 2
+    if start >= len(words) or words[start] != "open":
+        return list(words), []
+    end = start + 1
+    while end < len(words) and words[end] in ("--site", "-h", "--help"):
+        end += 1
+    if end < len(words) and not words[end].startswith("-"):
+        end += 1
+    rest = words[end:]
+    own = [w for w in rest if w in ("--site", "-h", "--help")]
+    return [*words[:end], *own], [w for w in rest if w not in own]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 
@@ -263,9 +290,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    args, extra = parser().parse_known_args(argv)
-    if extra and args.command != "open":
-        parser().error(f"unrecognized arguments: {' '.join(extra)}")
+    own, extra = split_open(sys.argv[1:] if argv is None else argv)
+    args = parser().parse_args(own)
     try:
         return globals()[f"cmd_{args.command}"](args, extra)
     except (ValueError, FileNotFoundError, FileExistsError, ConnectionError) as e:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from paperbench.cli import main
+from paperbench.cli import main, split_open
 from paperbench.contract import scaffold
 
 
@@ -46,6 +46,18 @@ def test_unknown_names_give_the_closest_and_exit_2():
         assert code == 2 and "scale" in err
         assert run_main("--root", str(root), "run", "method", "--bogus")[0] == 2
         assert run_main("--root", str(root), "new", "chapter", "method", "Again")[0] == 2
+
+
+def test_open_passes_options_on_with_their_values():
+    for given, own, passed in [
+        ("open --no-browser --port 8899", "open", "--no-browser --port 8899"),
+        ("open smote --port 8899 --site", "open smote --site", "--port 8899"),
+        ("--root x open --site smote", "--root x open --site smote", ""),
+        ("--root=x open", "--root=x open", ""),
+        ("list open -h", "list open -h", ""),
+    ]:
+        assert split_open(given.split()) == (own.split(), passed.split())
+    assert run_main("list", "--port", "8899")[0] == 2
 
 
 def test_list_check_new_clean_and_report():
