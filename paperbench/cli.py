@@ -102,7 +102,7 @@ def project(args: argparse.Namespace) -> Path:
     """The project's root that the options name, or that holds the working directory."""
     return Path(args.root).resolve() if args.root else project_root()
 
-# %% ../nbs/workbench/cli.ipynb #de5d1f3f
+# %% ../nbs/workbench/cli.ipynb #d393502a
 def cmd_list(args: argparse.Namespace, extra: Sequence[str]) -> int:
     """Print the catalogue, searched and filtered."""
     found = catalogue(args.root)
@@ -138,6 +138,8 @@ def cmd_open(args: argparse.Namespace, extra: Sequence[str]) -> int:
         "--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
         f"--LabApp.default_url=/lab/tree/nbs/{entry.path}", *extra,
     ]
+    if hasattr(os, "geteuid") and os.geteuid() == 0 and "--allow-root" not in extra:
+        command.append("--allow-root")  # in a container there is often nobody else; it listens on loopback, with a token
     os.execv(sys.executable, command)
 
 

@@ -27,7 +27,7 @@ def lab(root, tmp_path_factory):
            "IPYTHONDIR": str(home / "ipython")}
     env.pop("PAPERBENCH_EXPLORE", None)
     log = open(home / "log", "w")
-    command = [sys.executable, "-m", "paperbench.cli", "open", "--no-browser", "--port", str(port), f"--IdentityProvider.token={TOKEN}", "--allow-root"]
+    command = [sys.executable, "-m", "paperbench.cli", "open", "--no-browser", "--port", str(port), f"--IdentityProvider.token={TOKEN}"]
     server = subprocess.Popen(command, cwd=root, env=env, stdout=log, stderr=log)
     address = f"http://127.0.0.1:{port}"
     for _ in range(120):
