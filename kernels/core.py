@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# %% ../nbs/kernels/core.ipynb #1b3acd02
+# %% ../nbs/kernels/core.ipynb #952abdf2
 HAS_TRITON: bool = importlib.util.find_spec("triton") is not None
 
 if HAS_TRITON:
@@ -39,7 +39,8 @@ if HAS_TRITON:
     import triton.language as tl
 else:
     triton = None
-    tl = types.SimpleNamespace(constexpr=Any)  # enough for the annotations of a kernel's arguments
+    # enough for the annotations of a kernel's arguments and for constants of a module
+    tl = types.SimpleNamespace(constexpr=lambda value: value)
 
 
 class MissingKernel:
@@ -73,7 +74,7 @@ def jit(fn: Callable[..., None] | None = None, **options: Any) -> Any:
         return functools.partial(jit, **options)
     return triton.jit(fn, **options) if HAS_TRITON else MissingKernel(fn)
 
-# %% ../nbs/kernels/core.ipynb #d56ca77c
+# %% ../nbs/kernels/core.ipynb #90202b28
 _interpreting: list[bool] = []
 
 
@@ -130,7 +131,7 @@ def _to_bfloat16(x: np.ndarray) -> np.ndarray:
 
 
 def _exact_operations(interpreter: types.ModuleType) -> dict[str, Callable[..., Any]]:
-    """Replacements for what the interpreter gets wrong in bfloat16 and does not round in tf32."""
+    """Replacements for what the interpreter gets wrong in bfloat16, does not round in tf32, and rounds twice in fma."""
     builder, handle = interpreter.interpreter_builder, interpreter.TensorHandle
     plain = type(builder)
 
@@ -168,7 +169,14 @@ def _exact_operations(interpreter: types.ModuleType) -> dict[str, Callable[..., 
         result = op(_from_bfloat16(lhs.data), _from_bfloat16(rhs.data))
         return handle(result if result.dtype == bool else _to_bfloat16(result), tl.bfloat16)
 
+    def create_fma(a: Any, b: Any, c: Any) -> Any:
+        if a.dtype.scalar != tl.float32:
+            return plain.create_fma(builder, a, b, c)
+        exact = a.data.astype(np.float64) * b.data.astype(np.float64) + c.data.astype(np.float64)
+        return handle(exact.astype(np.float32), tl.float32)
+
     return {
+        "create_fma": create_fma,
         "create_dot": create_dot,
         "cast_impl": cast_impl,
         "create_fp_to_fp": create_fp_to_fp,

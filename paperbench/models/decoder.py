@@ -57,7 +57,7 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
 
-# %% ../../nbs/models/decoder.ipynb #ed5d83c4
+# %% ../../nbs/models/decoder.ipynb #a445e3c4
 class KVCache:
     """Keys and values of every layer, in slots that every row of the batch may use or leave.
 
@@ -256,7 +256,8 @@ class KVCache:
         found = KVCache.__new__(KVCache)
         found._data, found._valid = self._data[:, :, index], self._valid[index]
         found.positions = self.positions[index]
-        found.length, found.whole = self.length, self.whole or bool(found.valid.all())
+        found.length = self.length
+        found.whole = self.whole or bool(found.valid.all())
         return found
 
     def copy(self) -> "KVCache":
@@ -431,7 +432,7 @@ def load_balancing_loss(router_logits: Tensor, chosen: int) -> Tensor:
     share = F.one_hot(logits.topk(chosen, dim=-1).indices, experts).float().mean((0, 1))
     return experts * (share * logits.softmax(-1).mean(0)).sum()
 
-# %% ../../nbs/models/decoder.ipynb #1abb04c5
+# %% ../../nbs/models/decoder.ipynb #815aabf1
 class Block(nn.Module):
     """One layer: attention and a feed-forward, each behind a normalisation and beside a residual path.
 
@@ -702,7 +703,16 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def generate(self, prompts: Tensor | Sequence[Tensor], length: int, **options: Any) -> "Generation":
-        """Continue texts; see the function `generate`."""
+        """Continue texts token by token, as the function `generate` does.
+
+        Args:
+            prompts: integers (B, N), or a sequence of 1-D tensors of any lengths.
+            length: most new tokens per row.
+            options: temperature, top_k, top_p, stop and generator of the function.
+
+        Returns:
+            A `Generation`.
+        """
         return generate(self, prompts, length, **options)
 
 # %% ../../nbs/models/decoder.ipynb #24c40c5d

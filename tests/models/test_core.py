@@ -14,7 +14,7 @@ import scipy.linalg
 import torch
 from torch import nn
 
-from paperbench.models.core import WeightsError, available, card, expected_calibration_error, frechet_distance, image_grid, load, save
+from paperbench.models.core import WeightsError, available, card, expected_calibration_error, frechet_distance, image_grid, load, remake_command, save
 
 
 class Tied(nn.Module):
@@ -108,6 +108,20 @@ def test_missing_and_damaged_files_name_the_remedy(damage):
             text.write_text("{" if damage == "broken card" else "{}")
         with pytest.raises(WeightsError, match="paperbench run models/tiny -p scale full"):
             load("tiny", folder=folder)
+
+
+def test_every_shipped_card_names_the_command_that_remakes_it():
+    from unittest.mock import patch
+
+    for name in available():
+        assert card(name)["command"] == remake_command(name), name
+    with (
+        tempfile.TemporaryDirectory() as empty,
+        patch(f"{card.__module__}.weights_folder", lambda: Path(empty)),
+    ):
+        for name in ("digits_classifier", "text_softmax", "text_gpt_draft"):
+            with pytest.raises(WeightsError, match=remake_command(name)):
+                card(name)
 
 
 def test_a_card_cannot_name_another_callable_or_another_shape():

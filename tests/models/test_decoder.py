@@ -109,6 +109,10 @@ def test_rows_of_a_cache_are_independent():
     assert cache.length == 5
     again = model(torch.cat([tokens[[1, 1, 0]], more], 1))[:, -2:]
     assert torch.allclose(found, again, atol=1e-6)
+    cache.forget(torch.tensor([[False, True], [False, False]]))
+    holes = cache.copy()  # row 0 has one token less
+    assert not holes.whole and cache.rows(torch.tensor([1])).whole
+    assert torch.allclose(model(more[:2], holes), model(more[:2], cache), atol=1e-12)
 
 
 def test_experts_equal_a_sum_over_all_with_zero_weights():
