@@ -259,7 +259,7 @@ def parameter_value(text: str) -> Any:
     except (ValueError, SyntaxError):
         return text
 
-# %% ../nbs/workbench/runner.ipynb #b31ea4fa
+# %% ../nbs/workbench/runner.ipynb #97ff86f8
 MAGIC = re.compile(r"^[ \t]*[%!?].*$", flags=re.MULTILINE)
 DOTTED = re.compile(r"paperbench(\.\w+)+")
 FROM_LINE = re.compile(r"^\s*(?:from|import)\s+(paperbench[\w.]*)(?:\s+import\s+(\w+))?", flags=re.MULTILINE)
@@ -383,7 +383,7 @@ def notebook_inputs(
     code = [source for kind, source, _ in cells if kind == "code"]
     words = set(re.findall(r"\w+", "\n".join(code)))
     for file in sorted((root / "nbs" / notebook).parent.iterdir()):  # data that lies beside the notebook
-        if file.is_file() and file.suffix != ".ipynb" and any(file.name in source for source in code):
+        if file.is_file() and file.suffix not in ("", ".ipynb") and any(file.name in source for source in code):
             inputs[file.relative_to(root).as_posix()] = _digest_file(str(file), _stamp(file))
     pending = set().union(*(imported_modules(source) for source in code if "paperbench" in source))
     seen: set[str] = set()
