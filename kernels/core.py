@@ -5,13 +5,17 @@
 # %% auto #0
 __all__ = ['HAS_TRITON', 'IMPLEMENTATIONS', 'KERNEL_DTYPES', 'FLOAT_DTYPES', 'TARGETS', 'CARDS', 'MissingKernel', 'jit',
            'interpreter', 'is_interpreting', 'launch', 'resolve_impl', 'check_tensors', 'aligned_rows',
-           'next_power_of_2', 'relative_error', 'Target', 'compile_report', 'compile_table', 'Card', 'Timing',
-           'measure', 'copy_bandwidth', 'matrix_peak', 'environment', 'write_results', 'read_results']
+           'next_power_of_2', 'relative_error', 'Target', 'compile_report', 'compile_table', 'Configuration',
+           'signature_of', 'compile_configuration', 'source_fingerprint', 'compile_configurations', 'device_target',
+           'processors', 'Card', 'Timing', 'measure', 'copy_bandwidth', 'matrix_peak', 'environment', 'write_results',
+           'read_results']
 
-# %% ../nbs/kernels/core.ipynb #8721543b
+# %% ../nbs/kernels/core.ipynb #d2cdde71
 import contextlib
 import functools
+import hashlib
 import importlib.util
+import inspect
 import json
 import os
 import platform
@@ -25,7 +29,7 @@ import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -439,7 +443,7 @@ def relative_error(x: Tensor, reference: Tensor) -> float:
     error, norm = float((a / size - b / size).norm()), float((b / size).norm())
     return error / norm if norm else error * size
 
-# %% ../nbs/kernels/core.ipynb #a7e255ba
+# %% ../nbs/kernels/core.ipynb #81ecda17
 @dataclass(frozen=True)
 class Target:
     """A card to compile for.
@@ -484,20 +488,18 @@ def compile_report(
     Args:
         kernel: a kernel decorated with `jit`.
         signature: argument name to its type: a torch dtype for a pointer to it, `int` for a 32-bit integer,
-            `float` for a
-            32-bit float. The arguments in `constants` are left out.
+            `float` for a 32-bit float. The arguments in `constants` are left out.
         constants: values of the `tl.constexpr` arguments.
         targets: names in `TARGETS`.
         num_warps: warps per program.
         num_stages: depth of the software pipeline.
         aligned: arguments that the launch will find divisible by 16; None means all pointers. This decides
-            how wide the
-            loads are, and with it registers and shared memory.
+            how wide the loads are, and with it registers and shared memory.
 
     Returns:
         One row per target: kernel, target, warps, stages, registers per thread, spill_bytes per thread,
-            scalar_spills
-        (None where the notion does not exist), shared_bytes per program, tensor_columns, and fits.
+            scalar_spills (None where the notion does not exist), shared_bytes per program, tensor_columns,
+            and fits.
 
     Raises:
         RuntimeError: Triton is not installed, or it was imported under TRITON_INTERPRET=1.
@@ -646,6 +648,124 @@ def _read_amdgcn(compiled: Any) -> dict[str, int | None]:
     if None in found.values():
         raise RuntimeError(f"the assembly does not report {[keys[n] for n, m in found.items() if m is None]}")
     return {name: int(match[1]) for name, match in found.items()}
+
+# %% ../nbs/kernels/core.ipynb #932fc357
+class Configuration(NamedTuple):
+    """One compilation that a call may ask for.
+
+    Attributes:
+        kernel: the Triton kernel.
+        dtype: dtype of its data.
+        target: a name in `TARGETS`.
+        signature: argument name to type, as `signature_of` makes it.
+        constants: compile-time arguments.
+        num_warps: warps per program.
+        num_stages: depth of the software pipeline.
+        aligned: arguments divisible by 16; None means all pointers.
+        labels: further columns of the table.
+    """
+
+    kernel: Any
+    dtype: torch.dtype
+    target: str
+    signature: Mapping[str, torch.dtype | type]
+    constants: Mapping[str, Any]
+    num_warps: int
+    num_stages: int = 2
+    aligned: tuple[str, ...] | None = None
+    labels: Mapping[str, Any] = types.MappingProxyType({})
+
+
+def signature_of(
+    kernel: Any,
+    constants: Mapping[str, Any],
+    dtype: torch.dtype,
+    types: Mapping[str, torch.dtype | type] | None = None,
+) -> dict[str, torch.dtype | type]:
+    """Types of a kernel's arguments: pointers to the data's dtype and integers, where nothing else is said.
+
+    Args:
+        kernel: A kernel whose pointers have names that end in `_ptr`.
+        constants: Compile-time arguments, which are left out.
+        dtype: What pointers point to.
+        types: Other types by name; names that the kernel lacks are passed over.
+
+    Returns:
+        Argument name to type, as `compile_report` takes it.
+    """
+    plain = {n: dtype if n.endswith("_ptr") else int for n in kernel.arg_names if n not in constants}
+    return {n: (types or {}).get(n, kind) for n, kind in plain.items()}
+
+
+def compile_configuration(configuration: Configuration) -> dict[str, Any]:
+    """Compile one configuration and read registers, spills and shared memory.
+
+    Args:
+        configuration: What to compile.
+
+    Returns:
+        A row as `compile_report` makes it, with the dtype's name and the labels in front.
+    """
+    c = configuration
+    (row,) = compile_report(
+        c.kernel,
+        c.signature,
+        c.constants,
+        [c.target],
+        num_warps=c.num_warps,
+        num_stages=c.num_stages,
+        aligned=c.aligned,
+    )
+    return {"dtype": str(c.dtype).removeprefix("torch."), **c.labels, **row}
+
+
+def source_fingerprint(kernels: Sequence[Any], *others: Any) -> str:
+    """Hash of kernels; with equal Triton versions, equal hashes mean equal programs.
+
+    Args:
+        kernels: Triton kernels, the helpers that they call, and Python functions that choose tiles.
+        others: Further things that decide what is compiled, such as constants; their `repr` is hashed.
+
+    Returns:
+        16 hexadecimal digits.
+    """
+    text = [inspect.getsource(getattr(k, "fn", k)).strip() for k in kernels] + [repr(o) for o in others]
+    return hashlib.sha256("\n".join(text).encode()).hexdigest()[:16]
+
+
+def compile_configurations(configurations: Sequence[Configuration], fingerprint: str) -> dict[str, Any]:
+    """Compile configurations one after the other, a second or so each.
+
+    Args:
+        configurations: What to compile.
+        fingerprint: Hash of the source, from `source_fingerprint`.
+
+    Returns:
+        Fingerprint, Triton's version and the rows, ready for `write_results`.
+    """
+    rows = [compile_configuration(c) for c in configurations]
+    return {"fingerprint": fingerprint, "triton": triton.__version__, "rows": rows}
+
+
+def device_target(device: torch.device) -> str:
+    """The entry of `TARGETS` whose tiles suit a device; "sm_80" for a CPU and for cards not listed."""
+    if device.type != "cuda":
+        return "sm_80"
+    if torch.version.hip:
+        return "gfx942"
+    return {9: "sm_90", 10: "sm_100"}.get(torch.cuda.get_device_capability(device)[0], "sm_80")
+
+
+def processors(device: torch.device, otherwise: int = 1) -> int:
+    """Multiprocessors of a GPU (compute units on AMD).
+
+    Args:
+        device: The device.
+        otherwise: The answer for a device that is not a GPU: the interpreter runs one program at a time.
+    """
+    return (
+        torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else otherwise
+    )
 
 # %% ../nbs/kernels/core.ipynb #c09b9c39
 @dataclass(frozen=True)

@@ -7,13 +7,11 @@ __all__ = ['MAX_DEGREE', 'WAYS', 'FORWARD_LANES', 'BACKWARD_LANES', 'SINGLE_LANE
            'PROGRAMS_PER_PROCESSOR', 'ACTIVATIONS', 'Cost', 'group_rational_cost', 'stand_in',
            'group_rational_reference', 'choose_chunk', 'choose_parts', 'load_coefficients', 'polynomial',
            'polynomial_and_slope', 'quotient', 'widened', 'chunk_places', 'steps_of', 'forward_kernel', 'gradients',
-           'backward_kernel', 'reduce_kernel', 'group_rational', 'fit_rational', 'Configuration', 'configurations',
-           'compile_configuration', 'fingerprint', 'compile_all', 'benchmark']
+           'backward_kernel', 'reduce_kernel', 'group_rational', 'fit_rational', 'configurations', 'fingerprint',
+           'compile_all', 'benchmark']
 
-# %% ../nbs/kernels/group_rational.ipynb #cf948578
+# %% ../nbs/kernels/group_rational.ipynb #e3335f37
 import functools
-import hashlib
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
@@ -27,15 +25,19 @@ from paperbench.kernels.core import (
     FLOAT_DTYPES,
     KERNEL_DTYPES,
     TARGETS,
+    Configuration,
     check_tensors,
-    compile_report,
+    compile_configurations,
     copy_bandwidth,
     environment,
     jit,
     launch,
     measure,
+    processors,
     relative_error,
     resolve_impl,
+    signature_of,
+    source_fingerprint,
     tl,
     triton,
 )
@@ -371,12 +373,7 @@ def reduce_kernel(part_ptr, sum_ptr, parts, PARTS: tl.constexpr):
     values = tl.load(part_ptr + tl.program_id(0) * parts + part, mask=part < parts, other=0.0)
     tl.store(sum_ptr + tl.program_id(0), tl.sum(values, 0))
 
-# %% ../nbs/kernels/group_rational.ipynb #f37c3a6c
-def _processors(device: torch.device) -> int:
-    """Multiprocessors of the device; in the interpreter a number that makes programs walk."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
+# %% ../nbs/kernels/group_rational.ipynb #69fea3d4
 def _warps(warp_size: int) -> int:
     """Warps of a program of 128 threads."""
     return 128 // warp_size
@@ -442,7 +439,7 @@ def _backward_operator(
     x, g = _readable(x, chunk), _readable(g, chunk)
     a, b = numerator.float().contiguous(), denominator.float().contiguous()
     constants = _constants(m, n, chunk, BACKWARD_LANES)
-    parts = choose_parts(chunks, groups, constants["LANES"], _processors(x.device))
+    parts = choose_parts(chunks, groups, constants["LANES"], processors(x.device))
     partial = x.new_empty((m + 1 + n, groups, parts), dtype=torch.float32)
     sums = x.new_empty((m + 1 + n, groups), dtype=torch.float32)
     sizes = (chunks, groups, per_row, x.stride(0) // chunk, g.stride(0) // chunk, parts)
@@ -610,56 +607,24 @@ def fit_rational(
         found[m + 1 :] * scale[1 : n + 1]
     )[None]
 
-# %% ../nbs/kernels/group_rational.ipynb #8f704a48
-class Configuration(NamedTuple):
-    """One compilation that a call may ask for.
-
-    Attributes:
-        kernel: the Triton kernel.
-        dtype: dtype of the input (of the partial sums for the reduction).
-        target: a name in `TARGETS`.
-        constants: compile-time arguments.
-        num_warps: warps per program.
-    """
-
-    kernel: Any
-    dtype: torch.dtype
-    target: str
-    constants: dict[str, Any]
-    num_warps: int
-
-
+# %% ../nbs/kernels/group_rational.ipynb #653d3955
 def configurations(targets: Sequence[str] = tuple(TARGETS)) -> list[Configuration]:
     """Every compilation that `group_rational` may ask for on these targets with degrees (5, 4)."""
     made = []
+
+    def add(kernel: Any, dtype: torch.dtype, target: str, constants: dict[str, int]) -> None:
+        single = dict.fromkeys(("a_ptr", "b_ptr", "part_ptr", "sum_ptr"), torch.float32)
+        signature, warps = signature_of(kernel, constants, dtype, single), _warps(TARGETS[target].warp_size)
+        labels = {"chunk": constants.get("CHUNK", 1)}
+        made.append(Configuration(kernel, dtype, target, signature, constants, warps, labels=labels))
+
     for target in targets:
-        warps = _warps(TARGETS[target].warp_size)
         for dtype in KERNEL_DTYPES:
             for chunk in (16 // dtype.itemsize, 1):
                 for kernel, lanes in ((forward_kernel, FORWARD_LANES), (backward_kernel, BACKWARD_LANES)):
-                    made.append(Configuration(kernel, dtype, target, _constants(5, 4, chunk, lanes), warps))
-        made.append(Configuration(reduce_kernel, torch.float32, target, dict(PARTS=MAX_PARTS), warps))
+                    add(kernel, dtype, target, _constants(5, 4, chunk, lanes))
+        add(reduce_kernel, torch.float32, target, dict(PARTS=MAX_PARTS))
     return made
-
-
-def compile_configuration(configuration: Configuration) -> dict[str, Any]:
-    """Compile one configuration and read registers, spills and shared memory.
-
-    Args:
-        configuration: what to compile.
-
-    Returns:
-        A row as `compile_report` makes it, with dtype and chunk added.
-    """
-    c = configuration
-    signature = {}
-    for name in c.kernel.arg_names:
-        if name not in c.constants:
-            wide = torch.float32 if name in ("a_ptr", "b_ptr", "part_ptr", "sum_ptr") else c.dtype
-            signature[name] = wide if name.endswith("_ptr") else int
-    (row,) = compile_report(c.kernel, signature, c.constants, [c.target], num_warps=c.num_warps)
-    chunk = c.constants.get("CHUNK", 1)
-    return {"dtype": str(c.dtype).removeprefix("torch."), "chunk": chunk, **row}
 
 
 def fingerprint() -> str:
@@ -677,11 +642,8 @@ def fingerprint() -> str:
         backward_kernel,
         reduce_kernel,
     )
-    text = [inspect.getsource(k.fn).strip() for k in kernels]
-    text.append(
-        repr([(c.kernel.__name__, c.dtype, c.constants, c.num_warps) for c in configurations(["sm_90"])])
-    )
-    return hashlib.sha256("\n".join(text).encode()).hexdigest()[:16]
+    plans = [(c.kernel.__name__, c.dtype, c.constants, c.num_warps) for c in configurations(["sm_90"])]
+    return source_fingerprint(kernels, plans)
 
 
 def compile_all(targets: Sequence[str] = tuple(TARGETS)) -> dict[str, Any]:
@@ -693,8 +655,7 @@ def compile_all(targets: Sequence[str] = tuple(TARGETS)) -> dict[str, Any]:
     Returns:
         Fingerprint of the source, Triton's version and the rows, ready for `write_results`.
     """
-    rows = [compile_configuration(c) for c in configurations(targets)]
-    return {"fingerprint": fingerprint(), "triton": triton.__version__, "rows": rows}
+    return compile_configurations(configurations(targets), fingerprint())
 
 # %% ../nbs/kernels/group_rational.ipynb #97d9b884
 def _peers(groups: int, device: torch.device) -> dict[str, Any]:

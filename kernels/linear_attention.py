@@ -5,12 +5,10 @@
 # %% auto #0
 __all__ = ['METHODS', 'MAX_BLOCK', 'SPAN_QUANTUM', 'MIN_SPAN', 'linear_attention_reference', 'state_dtype', 'Cost',
            'forward_cost', 'Tile', 'choose_tile', 'choose_span', 'span_state_kernel', 'span_prefix_kernel',
-           'chunk_scan_kernel', 'row_terms_kernel', 'linear_attention', 'Configuration', 'configurations',
-           'compile_configuration', 'fingerprint', 'compile_all', 'benchmark']
+           'chunk_scan_kernel', 'row_terms_kernel', 'linear_attention', 'configurations', 'fingerprint', 'compile_all',
+           'benchmark']
 
-# %% ../nbs/kernels/linear_attention.ipynb #cd5f7daf
-import hashlib
-import inspect
+# %% ../nbs/kernels/linear_attention.ipynb #efc5a571
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -22,18 +20,24 @@ from torch import Tensor
 from paperbench.kernels.core import (
     KERNEL_DTYPES,
     TARGETS,
+    Configuration,
     aligned_rows,
     check_tensors,
-    compile_report,
+    compile_configuration,
+    compile_configurations,
     copy_bandwidth,
+    device_target,
     environment,
     jit,
     launch,
     matrix_peak,
     measure,
     next_power_of_2,
+    processors,
     relative_error,
     resolve_impl,
+    signature_of,
+    source_fingerprint,
     tl,
     triton,
 )
@@ -497,21 +501,7 @@ def row_terms_kernel(
     tl.store(weight_ptr + head * length + start + t, 1.0 / denominator, mask=inside)
     tl.store(coef_ptr + head * length + start + t, -total, mask=inside)
 
-# %% ../nbs/kernels/linear_attention.ipynb #951fb87b
-def _target(device: torch.device) -> str:
-    """The entry of TARGETS whose tiles suit this device."""
-    if device.type != "cuda":
-        return "sm_80"
-    if torch.version.hip:
-        return "gfx942"
-    return {9: "sm_90", 10: "sm_100"}.get(torch.cuda.get_device_capability(device)[0], "sm_80")
-
-
-def _processors(device: torch.device) -> int:
-    """Multiprocessors of the device; 1 in the interpreter, which runs one program at a time."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
+# %% ../nbs/kernels/linear_attention.ipynb #6fc41318
 def _precision(dtype: torch.dtype, target: str) -> dict[str, Any]:
     """What operands that were accumulated are multiplied in; the notebook says why."""
     wide = tl.bfloat16 if dtype == torch.bfloat16 else tl.float32
@@ -538,10 +528,10 @@ class _Walk(NamedTuple):
 def _walk(q: Tensor, v: Tensor, span_tokens: int) -> _Walk:
     """Choose the spans, unless the caller gave their length."""
     batch, heads, length, features = q.shape
-    target = _target(q.device)
+    target = device_target(q.device)
     width = min(features, v.shape[3])
     blocks = -(-width // choose_tile(q.dtype, max(features, v.shape[3]), target).block_v)
-    tokens = span_tokens or choose_span(length, batch * heads, blocks, _processors(q.device))
+    tokens = span_tokens or choose_span(length, batch * heads, blocks, processors(q.device))
     return _Walk(batch, heads, length, tokens, target)
 
 
@@ -890,35 +880,8 @@ def linear_attention(
     out, s_end, z_end, _ = _forward_operator(q, k, v, s, z, normalise, eps, 0)
     return (out, (s_end, z_end)) if return_state else out
 
-# %% ../nbs/kernels/linear_attention.ipynb #e05e9f1b
-class Configuration(NamedTuple):
-    """One compilation that a call may ask for.
-
-    Attributes:
-        kernel: the Triton kernel.
-        label: what it does: "out", "dq", "dk", "dv", "states", "reverse states", "prefix" or "rows".
-        dtype: dtype of the inputs.
-        width: width of the block of the contracted dimension.
-        partial: whether it writes float32 partial sums, because the features are wider than one block.
-        target: a name in `TARGETS`.
-        signature: argument name to type.
-        constants: compile-time arguments.
-        num_warps: warps per program.
-        num_stages: depth of the software pipeline.
-    """
-
-    kernel: Any
-    label: str
-    dtype: torch.dtype
-    width: int
-    partial: bool
-    target: str
-    signature: dict[str, Any]
-    constants: dict[str, Any]
-    num_warps: int
-    num_stages: int
-
-
+# %% ../nbs/kernels/linear_attention.ipynb #aa04f3bd
+_WIDTHS = ("K", "V", "rows", "cols")
 _DATA = ("a_ptr", "b_ptr", "q_ptr", "k_ptr", "v_ptr", "o_ptr", "g_ptr", "out_ptr")
 
 
@@ -944,17 +907,13 @@ def configurations(targets: Sequence[str] = tuple(TARGETS)) -> list[Configuratio
         stages: int,
         partial: bool = False,
     ) -> None:
-        signature = {}
-        for name in kernel.arg_names:
-            if name in constants:
-                continue
-            if name.endswith("_ptr"):
-                single = name not in _DATA or (partial and name == "o_ptr")
-                signature[name] = torch.float32 if single else dtype
-            else:
-                signature[name] = float if name == "eps" else int
+        data = [n for n in _DATA if not (partial and n == "o_ptr")]
+        single = {n: torch.float32 for n in kernel.arg_names if n.endswith("_ptr") and n not in data}
+        signature = signature_of(kernel, constants, dtype, {**single, "eps": float})
+        hints = [n for n in signature if n.endswith("_ptr") or n.startswith("stride_") or n in _WIDTHS]
+        labels = {"label": label, "width": width, "partial": partial}
         made.append(
-            Configuration(kernel, label, dtype, width, partial, target, signature, constants, warps, stages)
+            Configuration(kernel, dtype, target, signature, constants, warps, stages, tuple(hints), labels)
         )
 
     for target in targets:
@@ -1010,52 +969,17 @@ def configurations(targets: Sequence[str] = tuple(TARGETS)) -> list[Configuratio
                 4,
                 2,
             )
-    return sorted(made, key=lambda c: -c.width)
-
-
-def compile_configuration(configuration: Configuration) -> dict[str, Any]:
-    """Compile one configuration and read registers, spills and shared memory.
-
-    Args:
-        configuration: what to compile.
-
-    Returns:
-        A row as `compile_report` makes it, with label, dtype, width and partial added.
-    """
-    c = configuration
-    hints = [n for n in c.signature if n.endswith("_ptr") or n.startswith("stride_") or n in _WIDTHS]
-    (row,) = compile_report(
-        c.kernel,
-        c.signature,
-        c.constants,
-        [c.target],
-        num_warps=c.num_warps,
-        num_stages=c.num_stages,
-        aligned=hints,
-    )
-    return {
-        "label": c.label,
-        "dtype": str(c.dtype).removeprefix("torch."),
-        "width": c.width,
-        "partial": c.partial,
-        **row,
-    }
-
-
-_WIDTHS = ("K", "V", "rows", "cols")
+    return sorted(made, key=lambda c: -c.labels["width"])
 
 
 def fingerprint() -> str:
     """Hash of the kernels' source and tiles; with equal Triton versions, equal hashes mean equal programs."""
     kernels = (span_state_kernel, span_prefix_kernel, chunk_scan_kernel, row_terms_kernel)
-    text = [inspect.getsource(k.fn) for k in kernels] + [
-        inspect.getsource(f) for f in (choose_tile, _precision)
-    ]
-    return hashlib.sha256("\n".join(t.strip() for t in text).encode()).hexdigest()[:16]
+    return source_fingerprint([*kernels, choose_tile, _precision])
 
-# %% ../nbs/kernels/linear_attention.ipynb #ecb56359
+# %% ../nbs/kernels/linear_attention.ipynb #1c777692
 def compile_all(targets: Sequence[str] = tuple(TARGETS)) -> dict[str, Any]:
-    """Compile every configuration; takes some minutes.
+    """Compile every configuration; takes minutes.
 
     Args:
         targets: names in `TARGETS`.
@@ -1063,8 +987,7 @@ def compile_all(targets: Sequence[str] = tuple(TARGETS)) -> dict[str, Any]:
     Returns:
         Fingerprint of the source, Triton's version and the rows, ready for `write_results`.
     """
-    rows = [compile_configuration(c) for c in configurations(targets)]
-    return {"fingerprint": fingerprint(), "triton": triton.__version__, "rows": rows}
+    return compile_configurations(configurations(targets), fingerprint())
 
 # %% ../nbs/kernels/linear_attention.ipynb #09d1b165
 def _attempt(fn: Callable[[], Any], device: torch.device, rounds: int) -> dict[str, Any]:

@@ -6,13 +6,11 @@
 __all__ = ['ALGORITHMS', 'LN4_HIGH', 'LN4_LOW', 'INV_LN4', 'LOWEST', 'MOST', 'TILE_LIMIT', 'BLOCK', 'MAX_SPANS', 'TILES', 'Cost',
            'softmax_cost', 'two_pass_softmax_reference', 'extended_exp', 'extended_add', 'Plan', 'choose_plan',
            'pair_of_exp', 'power_of_4', 'tile_kernel', 'sums_kernel', 'write_kernel', 'tile_backward_kernel',
-           'dots_kernel', 'gradient_kernel', 'two_pass_softmax', 'Configuration', 'configurations',
-           'compile_configuration', 'fingerprint', 'compile_all', 'benchmark']
+           'dots_kernel', 'gradient_kernel', 'two_pass_softmax', 'configurations', 'fingerprint', 'compile_all',
+           'benchmark']
 
-# %% ../nbs/kernels/two_pass_softmax.ipynb #d6d356bb
+# %% ../nbs/kernels/two_pass_softmax.ipynb #dcbd1474
 import functools
-import hashlib
-import inspect
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -24,16 +22,20 @@ from paperbench.kernels.core import (
     FLOAT_DTYPES,
     KERNEL_DTYPES,
     TARGETS,
+    Configuration,
     check_tensors,
-    compile_report,
+    compile_configurations,
     copy_bandwidth,
     environment,
     jit,
     launch,
     measure,
     next_power_of_2,
+    processors,
     relative_error,
     resolve_impl,
+    signature_of,
+    source_fingerprint,
     tl,
     triton,
 )
@@ -339,12 +341,7 @@ def gradient_kernel(
         g = tl.load(g_ptr + col, mask=col < cols, other=0.0).to(tl.float32)
         tl.store(d_ptr + col, (y * (g - dot)).to(d_ptr.dtype.element_ty), mask=col < cols)
 
-# %% ../nbs/kernels/two_pass_softmax.ipynb #994f9f0e
-def _processors(device: torch.device) -> int:
-    """Multiprocessors of the device; in the interpreter a number that makes it cut rows."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-
-
+# %% ../nbs/kernels/two_pass_softmax.ipynb #f881c896
 @torch.library.custom_op("paperbench::two_pass_softmax", mutates_args=())
 def _forward_operator(x: Tensor, tile_limit: int) -> Tensor:
     """Softmax of the rows of x, (rows, cols), by the kernels."""
@@ -354,7 +351,7 @@ def _forward_operator(x: Tensor, tile_limit: int) -> Tensor:
     if x.numel() == 0:
         return y
     x = x if x.stride(1) == 1 or cols == 1 else x.contiguous()
-    plan = choose_plan(rows, cols, _processors(x.device), tile_limit)
+    plan = choose_plan(rows, cols, processors(x.device, 2), tile_limit)
     if plan.tiled:
         tile = dict(ROWS=plan.rows, BLOCK=plan.block, num_warps=plan.warps)
         launch(tile_kernel, -(-rows // plan.rows), x, y, x.stride(0), rows, cols, **tile)
@@ -382,7 +379,7 @@ def _backward_operator(y: Tensor, g: Tensor, tile_limit: int) -> Tensor:
         return d
     y = y.contiguous()
     g = g if g.stride(1) == 1 or cols == 1 else g.contiguous()
-    plan = choose_plan(rows, cols, _processors(y.device), tile_limit)
+    plan = choose_plan(rows, cols, processors(y.device, 2), tile_limit)
     if plan.tiled:
         tile = dict(ROWS=plan.rows, BLOCK=plan.block, num_warps=plan.warps)
         launch(tile_backward_kernel, -(-rows // plan.rows), y, g, d, g.stride(0), rows, cols, **tile)
@@ -453,73 +450,45 @@ def two_pass_softmax(x: Tensor, dim: int = -1, *, impl: str = "auto", tile_limit
     )
     return _forward_operator(rows, tile_limit).view(last.shape).movedim(-1, dim)
 
-# %% ../nbs/kernels/two_pass_softmax.ipynb #6e72f63b
-class Configuration(NamedTuple):
-    """One compilation that a call may ask for.
-
-    Attributes:
-        kernel: the Triton kernel.
-        dtype: dtype of the logits.
-        block: elements of a tile or step.
-        wide: whether rows begin at multiples of 16 elements, so that loads are wide.
-        target: a name in `TARGETS`.
-        constants: compile-time arguments.
-        num_warps: warps per program.
-    """
-
-    kernel: Any
-    dtype: torch.dtype
-    block: int
-    wide: bool
-    target: str
-    constants: dict[str, Any]
-    num_warps: int
-
-
+# %% ../nbs/kernels/two_pass_softmax.ipynb #f5210c82
 def configurations(targets: Sequence[str] = tuple(TARGETS)) -> list[Configuration]:
     """Every compilation that `two_pass_softmax` may ask for on these targets with the default `tile_limit`."""
     made = []
+
+    def add(
+        kernel: Any,
+        dtype: torch.dtype,
+        block: int,
+        wide: bool,
+        target: str,
+        constants: dict[str, int],
+        warps: int,
+    ) -> None:
+        signature = signature_of(
+            kernel, constants, dtype, dict.fromkeys(("m_ptr", "k_ptr", "dot_ptr"), torch.float32)
+        )
+        hints = [n for n in signature if n.endswith("_ptr") or n == "span"]
+        hints += [n for n in signature if wide and (n.endswith("_stride") or n == "cols")]
+        labels = {"block": block, "wide": wide}
+        made.append(
+            Configuration(
+                kernel, dtype, target, signature, constants, warps, aligned=tuple(hints), labels=labels
+            )
+        )
+
     for target in targets:
         for dtype in KERNEL_DTYPES:
             for wide in (True, False):
                 for block in TILES:
                     plan = choose_plan(1, block, 1)
-                    constants = dict(ROWS=plan.rows, BLOCK=block)
                     for kernel in (tile_kernel, tile_backward_kernel):
-                        made.append(Configuration(kernel, dtype, block, wide, target, constants, plan.warps))
+                        add(kernel, dtype, block, wide, target, dict(ROWS=plan.rows, BLOCK=block), plan.warps)
                 warps = choose_plan(1, TILE_LIMIT + 1, 1).warps
                 for kernel in (sums_kernel, dots_kernel):
-                    made.append(Configuration(kernel, dtype, BLOCK, wide, target, dict(BLOCK=BLOCK), warps))
+                    add(kernel, dtype, BLOCK, wide, target, dict(BLOCK=BLOCK), warps)
                 for kernel in (write_kernel, gradient_kernel):
-                    constants = dict(SPANS=MAX_SPANS, BLOCK=BLOCK)
-                    made.append(Configuration(kernel, dtype, BLOCK, wide, target, constants, warps))
+                    add(kernel, dtype, BLOCK, wide, target, dict(SPANS=MAX_SPANS, BLOCK=BLOCK), warps)
     return made
-
-
-def compile_configuration(configuration: Configuration) -> dict[str, Any]:
-    """Compile one configuration and read registers, spills and shared memory.
-
-    Args:
-        configuration: what to compile.
-
-    Returns:
-        A row as `compile_report` makes it, with dtype, block and wide added.
-    """
-    c = configuration
-    signature = {}
-    for name in c.kernel.arg_names:
-        if name in c.constants:
-            continue
-        if name.endswith("_ptr"):
-            signature[name] = torch.float32 if name in ("m_ptr", "k_ptr", "dot_ptr") else c.dtype
-        else:
-            signature[name] = int
-    hints = [n for n in signature if n.endswith("_ptr") or n == "span"]
-    hints += [n for n in signature if c.wide and (n.endswith("_stride") or n == "cols")]
-    (row,) = compile_report(
-        c.kernel, signature, c.constants, [c.target], num_warps=c.num_warps, num_stages=2, aligned=hints
-    )
-    return {"dtype": str(c.dtype).removeprefix("torch."), "block": c.block, "wide": c.wide, **row}
 
 
 def fingerprint() -> str:
@@ -534,9 +503,7 @@ def fingerprint() -> str:
         dots_kernel,
         gradient_kernel,
     )
-    text = [inspect.getsource(k.fn).strip() for k in kernels]
-    text.append(repr((INV_LN4, LN4_HIGH, LN4_LOW, LOWEST, MOST, TILES, BLOCK, MAX_SPANS)))
-    return hashlib.sha256("\n".join(text).encode()).hexdigest()[:16]
+    return source_fingerprint(kernels, (INV_LN4, LN4_HIGH, LN4_LOW, LOWEST, MOST, TILES, BLOCK, MAX_SPANS))
 
 
 def compile_all(targets: Sequence[str] = tuple(TARGETS)) -> dict[str, Any]:
@@ -548,8 +515,7 @@ def compile_all(targets: Sequence[str] = tuple(TARGETS)) -> dict[str, Any]:
     Returns:
         Fingerprint of the source, Triton's version and the rows, ready for `write_results`.
     """
-    rows = [compile_configuration(c) for c in configurations(targets)]
-    return {"fingerprint": fingerprint(), "triton": triton.__version__, "rows": rows}
+    return compile_configurations(configurations(targets), fingerprint())
 
 # %% ../nbs/kernels/two_pass_softmax.ipynb #5bea7fda
 def _liger_softmax() -> Any:

@@ -6,12 +6,10 @@
 __all__ = ['ALGORITHMS', 'VECTOR_OPERATIONS', 'MAX_SPANS', 'FINISH_ROWS', 'SETTLE_CODES', 'PIECE', 'PIECE_ROWS', 'PIECE_WIDTH',
            'Cost', 'vq_cost', 'Nearest', 'vq_argmin_reference', 'expanded_argmin', 'rounding_unit', 'doubt', 'Plan',
            'choose_plan', 'load_rows', 'score_tile', 'scan_kernel', 'measure_rows', 'write_rows', 'merge_kernel',
-           'settle_kernel', 'pieces_kernel', 'sum_kernel', 'vq_argmin', 'Configuration', 'configurations',
-           'compile_configuration', 'fingerprint', 'compile_all', 'benchmark']
+           'settle_kernel', 'pieces_kernel', 'sum_kernel', 'vq_argmin', 'configurations', 'fingerprint', 'compile_all',
+           'benchmark']
 
-# %% ../nbs/kernels/vq_argmin.ipynb #1fcc978d
-import hashlib
-import inspect
+# %% ../nbs/kernels/vq_argmin.ipynb #fabdd114
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -24,17 +22,21 @@ from paperbench.kernels.core import (
     FLOAT_DTYPES,
     KERNEL_DTYPES,
     TARGETS,
+    Configuration,
     aligned_rows,
     check_tensors,
-    compile_report,
+    compile_configurations,
     copy_bandwidth,
     environment,
     jit,
     launch,
     matrix_peak,
     measure,
+    processors,
     relative_error,
     resolve_impl,
+    signature_of,
+    source_fingerprint,
     tl,
     triton,
 )
@@ -621,12 +623,7 @@ def sum_kernel(partial_ptr, start_ptr, dc_ptr, dim, PIECES: tl.constexpr, WIDTH:
             )
         tl.store(dc_ptr + code.to(tl.int64) * dim + col, tl.sum(total, 0), mask=col < dim)
 
-# %% ../nbs/kernels/vq_argmin.ipynb #6a0b5a83
-def _processors(device: torch.device) -> int:
-    """Multiprocessors of the device; in the interpreter a number that makes it cut the codebook."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-
-
+# %% ../nbs/kernels/vq_argmin.ipynb #e65da256
 def _padded(dim: int) -> int:
     """Elements of a row that `aligned_rows` returns."""
     return -(-dim // 16) * 16
@@ -649,8 +646,8 @@ def _forward_operator(
     doubts = x.new_zeros(1, dtype=torch.int32)
     if rows == 0:
         return distance, chosen, index, count, doubts
-    processors = _processors(x.device)
-    plan = choose_plan(rows, codes, x.shape[1], x.dtype, processors, tile_rows, tile_codes, spans)
+    cores = processors(x.device, 2)
+    plan = choose_plan(rows, codes, x.shape[1], x.dtype, cores, tile_rows, tile_codes, spans)
     x, c = aligned_rows(x), aligned_rows(codebook.contiguous())
     centre = x.dtype == torch.float32
     mean = c.mean(0) if centre else x.new_empty(1, dtype=torch.float32)  # not read
@@ -698,7 +695,7 @@ def _forward_operator(
     )
     groups = -(-rows // FINISH_ROWS)
     launch(merge_kernel, groups, *arguments, plan.spans, int(gather), **finish, SPANS=MAX_SPANS)
-    programs = min(groups, 4 * processors)
+    programs = min(groups, 4 * cores)
     arguments = (x, mean, c, centred, norm, *results, x.stride(0), rows, codes, dim, int(gather), programs)
     launch(settle_kernel, programs, *arguments, **finish, CODES=SETTLE_CODES, num_stages=1)
     return distance, chosen, index, count, doubts
@@ -820,30 +817,29 @@ def vq_argmin(x: Tensor, codebook: Tensor, *, gather: bool = False, impl: str = 
     codes = chosen[:, :width].reshape(x.shape) if gather else None
     return Nearest(index.view(shape), distance.view(shape), count, codes)
 
-# %% ../nbs/kernels/vq_argmin.ipynb #e26ec064
-class Configuration(NamedTuple):
-    """One compilation that a call may ask for.
-
-    Attributes:
-        kernel: the Triton kernel.
-        dtype: dtype of the vectors.
-        target: a name in `TARGETS`.
-        constants: compile-time arguments.
-        num_warps: warps per program.
-        num_stages: depth of the software pipeline.
-    """
-
-    kernel: Any
-    dtype: torch.dtype
-    target: str
-    constants: dict[str, Any]
-    num_warps: int
-    num_stages: int
+# %% ../nbs/kernels/vq_argmin.ipynb #d6ae07ea
+_DATA = ("x_ptr", "c_ptr", "centred_ptr", "codes_ptr", "upstream_ptr", "dx_ptr")
+_ARGUMENTS = {
+    **dict.fromkeys(("index_ptr", "count_ptr"), torch.int64),
+    **dict.fromkeys(("guess_ptr", "list_ptr", "doubts_ptr", "order_ptr", "code_ptr"), torch.int32),
+    **dict.fromkeys(("first_ptr", "last_ptr", "start_ptr"), torch.int32),
+    **dict.fromkeys(("slack", "least", "tiny"), float),
+}
 
 
 def configurations(targets: Sequence[str] = tuple(TARGETS)) -> list[Configuration]:
     """Every compilation that `vq_argmin` may ask for on these targets."""
     made = []
+
+    def add(
+        kernel: Any, dtype: torch.dtype, target: str, constants: dict[str, Any], warps: int, stages: int
+    ) -> None:
+        types = {**dict.fromkeys(_DATA, dtype), **_ARGUMENTS}
+        signature = signature_of(kernel, constants, torch.float32, types)
+        hints = tuple(n for n in signature if n.endswith("_ptr") or n in ("x_stride", "dim"))
+        labels = {"x stays": constants.get("RESIDENT")}
+        made.append(Configuration(kernel, dtype, target, signature, constants, warps, stages, hints, labels))
+
     for target in targets:
         for dtype in KERNEL_DTYPES:
             centre = dtype == torch.float32
@@ -852,56 +848,13 @@ def configurations(targets: Sequence[str] = tuple(TARGETS)) -> list[Configuratio
                 constants = dict(
                     ROWS=plan.rows, CODES=plan.codes, WIDTH=plan.width, RESIDENT=plan.resident, CENTRE=centre
                 )
-                made.append(Configuration(scan_kernel, dtype, target, constants, plan.warps, plan.stages))
+                add(scan_kernel, dtype, target, constants, plan.warps, plan.stages)
             finish = dict(CENTRE=centre, ROWS=FINISH_ROWS, WIDTH=plans[0].width)
-            made.append(Configuration(merge_kernel, dtype, target, {**finish, "SPANS": MAX_SPANS}, 4, 2))
-            made.append(Configuration(settle_kernel, dtype, target, {**finish, "CODES": SETTLE_CODES}, 4, 1))
-            made.append(
-                Configuration(pieces_kernel, dtype, target, dict(ROWS=PIECE_ROWS, WIDTH=PIECE_WIDTH), 4, 2)
-            )
-        made.append(
-            Configuration(sum_kernel, torch.float32, target, dict(PIECES=16, WIDTH=PIECE_WIDTH), 4, 2)
-        )
+            add(merge_kernel, dtype, target, {**finish, "SPANS": MAX_SPANS}, 4, 2)
+            add(settle_kernel, dtype, target, {**finish, "CODES": SETTLE_CODES}, 4, 1)
+            add(pieces_kernel, dtype, target, dict(ROWS=PIECE_ROWS, WIDTH=PIECE_WIDTH), 4, 2)
+        add(sum_kernel, torch.float32, target, dict(PIECES=16, WIDTH=PIECE_WIDTH), 4, 2)
     return made
-
-
-_POINTERS = {
-    **dict.fromkeys(("index_ptr", "count_ptr"), torch.int64),
-    **dict.fromkeys(("guess_ptr", "list_ptr", "doubts_ptr", "order_ptr", "code_ptr"), torch.int32),
-    **dict.fromkeys(("first_ptr", "last_ptr", "start_ptr"), torch.int32),
-    **dict.fromkeys(("x_ptr", "c_ptr", "centred_ptr", "codes_ptr", "upstream_ptr", "dx_ptr"), None),
-}
-
-
-def compile_configuration(configuration: Configuration) -> dict[str, Any]:
-    """Compile one configuration and read registers, spills and shared memory.
-
-    Args:
-        configuration: what to compile.
-
-    Returns:
-        A row as `compile_report` makes it, with dtype and "x stays" (None for kernels other than the scan) added.
-    """
-    c = configuration
-    signature: dict[str, Any] = {}
-    for name in c.kernel.arg_names:
-        if name in c.constants:
-            continue
-        if name.endswith("_ptr"):
-            signature[name] = _POINTERS.get(name, torch.float32) or c.dtype
-        else:
-            signature[name] = float if name in ("slack", "least", "tiny") else int
-    hints = [n for n in signature if n.endswith("_ptr") or n in ("x_stride", "dim")]
-    (row,) = compile_report(
-        c.kernel,
-        signature,
-        c.constants,
-        [c.target],
-        num_warps=c.num_warps,
-        num_stages=c.num_stages,
-        aligned=hints,
-    )
-    return {"dtype": str(c.dtype).removeprefix("torch."), "x stays": c.constants.get("RESIDENT"), **row}
 
 
 def fingerprint() -> str:
@@ -917,9 +870,11 @@ def fingerprint() -> str:
         pieces_kernel,
         sum_kernel,
     )
-    text = [inspect.getsource(k.fn).strip() for k in kernels]
-    text += [repr((c.kernel.fn.__name__, str(c.dtype), *c[2:])) for c in configurations()]
-    return hashlib.sha256("\n".join(text).encode()).hexdigest()[:16]
+    plans = [
+        (c.kernel.__name__, c.dtype, c.target, c.constants, c.num_warps, c.num_stages)
+        for c in configurations()
+    ]
+    return source_fingerprint(kernels, plans)
 
 
 def compile_all(targets: Sequence[str] = tuple(TARGETS)) -> dict[str, Any]:
@@ -931,8 +886,7 @@ def compile_all(targets: Sequence[str] = tuple(TARGETS)) -> dict[str, Any]:
     Returns:
         Fingerprint of the source, Triton's version and the rows, ready for `write_results`.
     """
-    rows = [compile_configuration(c) for c in configurations(targets)]
-    return {"fingerprint": fingerprint(), "triton": triton.__version__, "rows": rows}
+    return compile_configurations(configurations(targets), fingerprint())
 
 # %% ../nbs/kernels/vq_argmin.ipynb #50cb43f5
 def _differences(index: Tensor, x: Tensor, codebook: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import types
 import pytest
 import torch
 
-from paperbench.kernels.core import CARDS, HAS_TRITON, MissingKernel, TARGETS, aligned_rows, check_tensors, compile_report, compile_table, copy_bandwidth, environment, interpreter, is_interpreting, jit, launch, matrix_peak, measure, next_power_of_2, read_results, relative_error, resolve_impl, tl, write_results
+from paperbench.kernels.core import CARDS, Configuration, HAS_TRITON, MissingKernel, TARGETS, aligned_rows, check_tensors, compile_configurations, compile_report, compile_table, copy_bandwidth, device_target, environment, interpreter, is_interpreting, jit, launch, matrix_peak, measure, next_power_of_2, processors, read_results, relative_error, resolve_impl, signature_of, source_fingerprint, tl, triton, write_results
 
 
 @jit
@@ -153,6 +153,41 @@ def test_the_report_names_a_wrong_argument():
         )
     with pytest.raises(ValueError, match="got 'sm_75'"):
         compile_report(_norms, _SIGNATURE, {"BLOCK": 64}, ["sm_75"])
+
+
+def double_configuration(block: int) -> Configuration:
+    constants = {"BLOCK": block}
+    signature = signature_of(_norms, constants, torch.float16, {"y_ptr": torch.float32})
+    return Configuration(_norms, torch.float16, "sm_80", signature, constants, 4, labels={"block": block})
+
+
+@needs_triton
+def test_configurations_become_rows_with_their_labels():
+    assert double_configuration(64).signature == {
+        "x_ptr": torch.float16,
+        "y_ptr": torch.float32,
+        "rows": int,
+        "cols": int,
+    }
+    report = compile_configurations([double_configuration(64), double_configuration(128)], "0" * 16)
+    assert report["triton"] == triton.__version__ and report["fingerprint"] == "0" * 16
+    assert [r["block"] for r in report["rows"]] == [64, 128] and {r["dtype"] for r in report["rows"]} == {
+        "float16"
+    }
+    assert "| 128 |" in compile_table(report["rows"], ["dtype", "block"])
+
+
+@needs_triton
+def test_the_fingerprint_follows_source_and_constants():
+    found = source_fingerprint([_norms, _square_sum], 64)
+    assert found == source_fingerprint([_norms, _square_sum], 64) and len(found) == 16
+    others = [source_fingerprint([_norms], 64), source_fingerprint([_norms, _square_sum], 128)]
+    assert len({found, *others}) == 3
+
+
+def test_a_cpu_counts_as_one_processor_and_the_smallest_target():
+    cpu = torch.device("cpu")
+    assert device_target(cpu) == "sm_80" and processors(cpu) == 1 and processors(cpu, 2) == 2
 
 
 @jit

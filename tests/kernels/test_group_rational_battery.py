@@ -4,27 +4,16 @@ import os
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from kernel_checks import compiled_graph, laid_out, needs_triton, patient
 
 from paperbench.kernels import core
 from paperbench.kernels import group_rational as gr
-from paperbench.kernels.core import HAS_TRITON, interpreter, relative_error
+from paperbench.kernels.core import interpreter, relative_error
 
 BOUNDS = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 OPERATOR = torch.ops.paperbench.group_rational
-
-
-def laid_out(x, layout):
-    """The same numbers over another layout in memory, with NaN in between."""
-    if layout == "transposed":
-        return x.mT.contiguous().mT
-    if layout == "every other":
-        return torch.stack([x, torch.full_like(x, torch.nan)], -1).flatten(-2)[..., ::2]
-    if layout == "slice":
-        return torch.nn.functional.pad(x, (8, 24, 1, 4), value=torch.nan)[..., 1 : 1 + x.shape[-2], 8 : 8 + x.shape[-1]]
-    return x
 
 
 def coefficients(groups, m, n, dtype, seed):
@@ -33,14 +22,7 @@ def coefficients(groups, m, n, dtype, seed):
 
 
 @needs_triton
-@settings(
-    max_examples=10,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    phases=[Phase.generate],  # shrinking is slow here
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.differing_executors],
-)
+@patient(10)
 @given(
     rows=st.sampled_from([1, 2, 5, 17, 131]),
     width=st.sampled_from([1, 3, 7, 8, 16, 24]),
@@ -185,16 +167,9 @@ def test_one_graph_through_the_reference():
 
 @needs_triton
 def test_the_operator_does_not_break_the_graph():
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph
-
     inputs = [torch.randn(2, 6), *coefficients(2, 2, 1, torch.float32, 5)]
-    with interpreter():
-        found = torch.compile(lambda x, a, b: 2 * OPERATOR(x + 1, a, b), fullgraph=True, backend=backend)(*inputs)
-    assert len(graphs) == 1 and "paperbench.group_rational" in graphs[0].code
+    found, code = compiled_graph(lambda x, a, b: 2 * OPERATOR(x + 1, a, b), *inputs)
+    assert "paperbench.group_rational" in code
     torch.testing.assert_close(found, 2 * gr.group_rational_reference(inputs[0] + 1, *inputs[1:]))
 
 
@@ -207,7 +182,7 @@ def test_a_sample_compiles(target):
         found = [c for c in found if c.dtype == torch.float16 and c.constants.get("CHUNK", 1) > 1]
     assert len(found) >= 2
     for configuration in found:
-        row = gr.compile_configuration(configuration)
+        row = core.compile_configuration(configuration)
         assert row["fits"], row
 
 

@@ -7,8 +7,8 @@ import itertools
 import pytest
 import torch
 
-from paperbench.kernels.core import HAS_TRITON, interpreter, relative_error
-from paperbench.kernels.linear_attention import compile_configuration, configurations, forward_cost, linear_attention, linear_attention_reference, state_dtype
+from paperbench.kernels.core import HAS_TRITON, compile_configuration, interpreter, relative_error
+from paperbench.kernels.linear_attention import configurations, forward_cost, linear_attention, linear_attention_reference, state_dtype
 
 
 def test_costs_are_the_formulas_of_the_page():
@@ -198,7 +198,9 @@ def test_bad_input_is_named():
 @needs_triton
 def test_a_configuration_compiles_without_a_spill():
     (found,) = [
-        c for c in configurations(("sm_90",)) if (c.label, c.dtype, c.width) == ("out", torch.bfloat16, 32)
+        c
+        for c in configurations(("sm_90",))
+        if (c.labels["label"], c.dtype, c.labels["width"]) == ("out", torch.bfloat16, 32)
     ]
     row = compile_configuration(found)
     assert row["fits"] and row["spill_bytes"] == 0 and 0 < row["registers"] <= 255

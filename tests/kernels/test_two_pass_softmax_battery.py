@@ -4,38 +4,20 @@ import os
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from kernel_checks import compiled_graph, laid_out, needs_triton, patient
 
 from paperbench.kernels import core
 from paperbench.kernels import two_pass_softmax as tp
-from paperbench.kernels.core import HAS_TRITON, interpreter, relative_error
+from paperbench.kernels.core import interpreter, relative_error
 
 BOUNDS = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 OPERATOR = torch.ops.paperbench.two_pass_softmax
 
 
-def laid_out(x, layout):
-    """The same numbers over another layout in memory, with NaN in between."""
-    if layout == "transposed":
-        return x.mT.contiguous().mT
-    if layout == "every other":
-        return torch.stack([x, torch.full_like(x, torch.nan)], -1).flatten(-2)[..., ::2]
-    if layout == "slice":
-        return torch.nn.functional.pad(x, (3, 2, 1, 4), value=torch.nan)[..., 1 : 1 + x.shape[-2], 3 : 3 + x.shape[-1]]
-    return x
-
-
 @needs_triton
-@settings(
-    max_examples=14,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    phases=[Phase.generate],  # shrinking is slow here
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.differing_executors],
-)
+@patient(14)
 @given(
     rows=st.sampled_from([1, 2, 5, 17]),
     cols=st.sampled_from([1, 2, 31, 128, 129, 257, 521, 1024]),
@@ -116,17 +98,10 @@ def test_one_graph_through_the_reference():
 
 @needs_triton
 def test_the_operator_does_not_break_the_graph():
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph
-
     x = torch.randn(2, 6, requires_grad=True)
-    with interpreter():
-        found = torch.compile(lambda x: 2 * OPERATOR(x + 1, 128), fullgraph=True, backend=backend)(x)
-        assert len(graphs) == 1 and "paperbench.two_pass_softmax" in graphs[0].code
-        torch.testing.assert_close(found, 2 * (x + 1).softmax(-1))
+    found, code = compiled_graph(lambda x: 2 * OPERATOR(x + 1, 128), x)
+    assert "paperbench.two_pass_softmax" in code
+    torch.testing.assert_close(found, 2 * (x + 1).softmax(-1))
 
 
 @needs_triton
@@ -135,10 +110,11 @@ def test_a_sample_compiles(target):
     everything = os.environ.get("PAPERBENCH_COMPILE_ALL") == "1"
     found = tp.configurations((target,))
     if not everything:
-        found = [c for c in found if c.wide and c.dtype == torch.float16 and (c.constants.get('SPANS') or c.block == 16384)]
+        found = [c for c in found if c.labels["wide"] and c.dtype == torch.float16]
+        found = [c for c in found if c.constants.get("SPANS") or c.labels["block"] == 16384]
     assert len(found) >= 3
     for configuration in found:
-        row = tp.compile_configuration(configuration)
+        row = core.compile_configuration(configuration)
         assert row["fits"], row
 
 

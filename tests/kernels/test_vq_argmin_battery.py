@@ -4,15 +4,15 @@ import os
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from kernel_checks import compiled_graph, laid_out, needs_triton, patient
 
 from paperbench.kernels import core
 from paperbench.kernels import vq_argmin as vq
-from paperbench.kernels.core import HAS_TRITON, interpreter
+from paperbench.kernels.core import interpreter
 
 BOUNDS = {torch.float32: 4e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 OPERATOR = torch.ops.paperbench.vq_argmin
 
 
@@ -21,30 +21,8 @@ def brute_force(x, codebook):
     return (x.double()[:, None] - codebook.double()).square().sum(-1).argmin(-1)
 
 
-def laid_out(x, layout):
-    """The same numbers over another layout in memory, with NaN in between."""
-    if layout == "transposed":
-        return x.mT.contiguous().mT
-    if layout == "every other":
-        return torch.stack([x, torch.full_like(x, torch.nan)], -1).flatten(-2)[..., ::2]
-    if layout == "slice":
-        return torch.nn.functional.pad(x, (3, 2, 1, 4), value=torch.nan)[
-            ..., 1 : 1 + x.shape[-2], 3 : 3 + x.shape[-1]
-        ]
-    if layout == "strided":  # rows that kernels may read in place
-        return torch.nn.functional.pad(x, (0, 32 - x.shape[-1] % 16), value=torch.nan)[..., : x.shape[-1]]
-    return x
-
-
 @needs_triton
-@settings(
-    max_examples=11,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    phases=[Phase.generate],  # shrinking is slow here
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.differing_executors],
-)
+@patient(11)
 @given(
     rows=st.sampled_from([1, 2, 17, 33]),
     codes=st.sampled_from([1, 2, 31, 64, 65, 130]),
@@ -186,19 +164,9 @@ def test_one_graph_through_the_reference():
 
 @needs_triton
 def test_the_operator_does_not_break_the_graph():
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph
-
     x, codebook = torch.randn(2, 6), torch.randn(3, 6)
-    with interpreter():
-        search = torch.compile(
-            lambda x, c: OPERATOR(2 * x, c, False, 0, 0, 0)[2] + 1, fullgraph=True, backend=backend
-        )
-        found = search(x, codebook)
-    assert len(graphs) == 1 and "paperbench.vq_argmin" in graphs[0].code
+    found, code = compiled_graph(lambda x, c: OPERATOR(2 * x, c, False, 0, 0, 0)[2] + 1, x, codebook)
+    assert "paperbench.vq_argmin" in code
     assert torch.equal(found, brute_force(2 * x, codebook) + 1)
 
 
@@ -210,7 +178,7 @@ def test_a_sample_compiles(target):
         found = [c for c in found if c.kernel is vq.scan_kernel and c.dtype == torch.float16]
     assert len(found) >= 2
     for configuration in found:
-        row = vq.compile_configuration(configuration)
+        row = core.compile_configuration(configuration)
         assert row["fits"], row
 
 
