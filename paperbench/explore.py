@@ -193,7 +193,7 @@ def make_controls(draw: Callable[..., Any], given: Mapping[str, Any], labels: Ma
     empty = inspect.Parameter.empty
     return [make_control(n, g, parameters[n].default if n in parameters else empty, labels.get(n)) for n, g in given.items()]
 
-# %% ../nbs/workbench/explore.ipynb #ebdd84b8
+# %% ../nbs/workbench/explore.ipynb #23aba8c1
 class FigureError(ValueError):
     """A figure that must not be shown; the message names the control values."""
 
@@ -241,15 +241,25 @@ def plain_figure(figure: go.Figure | Mapping[str, Any]) -> dict[str, Any]:
 DATA_KEYS = ("x", "y", "z", "a", "b", "c", "r", "theta", "values", "open", "lat", "lon", "u", "v", "w", "value", "i", "source")
 
 
+def _is_number(text: str) -> bool:
+    """Whether a text can be read as a number."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
 def check_figure(figure: Mapping[str, Any], values: Mapping[str, Any]) -> None:
-    """Refuse a figure that is empty or holds NaN or infinity.
+    """Refuse a figure that is empty, holds NaN or infinity, or puts names on an axis of numbers.
 
     Args:
         figure: plain data from `plain_figure`.
         values: the control values it was drawn for, for the message.
 
     Raises:
-        FigureError: there is no trace with data, or a number anywhere in it is not finite.
+        FigureError: there is no trace with data, a number anywhere in it is not finite, or a trace has names where its
+            axis is declared to be linear or logarithmic: the browser would silently leave them out.
     """
     at = ", ".join(f"{k}={v!r}" for k, v in values.items())
 
@@ -275,6 +285,15 @@ def check_figure(figure: Mapping[str, Any], values: Mapping[str, Any]) -> None:
 
     for n, trace in enumerate(figure["data"]):
         walk(trace, f"data[{n}]")
+        for letter in "xy":
+            axis = str(trace.get(f"{letter}axis", letter)).replace(letter, f"{letter}axis", 1)
+            kind = (figure["layout"].get(axis) or {}).get("type")
+            names = [v for v in trace.get(letter, ()) if isinstance(v, str) and not _is_number(v)]
+            if kind in ("linear", "log") and names:
+                raise FigureError(
+                    f"the figure for {at} has the name {names[0]!r} in data[{n}].{letter}, but {axis} is {kind}: "
+                    "give it the type 'category'"
+                )
     walk(figure["layout"], "layout")
 
 # %% ../nbs/workbench/explore.ipynb #1284c85a

@@ -7,9 +7,11 @@ import pytest
 from paperbench import runner
 from paperbench.catalogue import notebook_paths, project_root
 from paperbench.explore import MIME as EXPLORE_MIME
+from paperbench.explore import check_figure, plain_figure
 
 ROOT = project_root(__file__)
 NOTEBOOKS = [p.relative_to(ROOT / "nbs").with_suffix("").as_posix() for p in notebook_paths(ROOT)]
+PLOTLY_MIME = "application/vnd.plotly.v1+json"
 PAGE_BUDGET = 1_500_000
 LIVE_MS = 150
 HARD_LIMIT_S = 120  # of wall time on a busy machine; authors aim for 10 s
@@ -32,11 +34,23 @@ def test_notebook_is_green_and_in_time(run):
     assert state.seconds <= HARD_LIMIT_S, f"{name} took {state.seconds:.0f} s"
 
 
+@pytest.fixture(scope="session")
+def outputs(run):
+    """The outputs of the executed notebook, as data by type."""
+    cells = json.loads((ROOT / "_runs" / f"{run[0]}.ipynb").read_text())["cells"]
+    return [o["data"] for c in cells for o in c.get("outputs", []) if "data" in o]
+
+
 @pytest.mark.xdist_group("runs")
-def test_explorations_are_fast_and_small(run):
+def test_explorations_are_fast_and_small(run, outputs):
     name, state = run
-    cells = json.loads((ROOT / "_runs" / f"{name}.ipynb").read_text())["cells"]
-    reports = [o["data"][EXPLORE_MIME] for c in cells for o in c.get("outputs", []) if EXPLORE_MIME in o.get("data", {})]
+    reports = [data[EXPLORE_MIME] for data in outputs if EXPLORE_MIME in data]
     for report in reports:
         assert report["redraw_ms"] <= LIVE_MS, f"{name}: a live redraw of {report['title']!r} takes {report['redraw_ms']} ms"
     assert sum(r["bytes"] for r in reports) <= PAGE_BUDGET, f"{name}: {sum(r['bytes'] for r in reports):,} bytes of frames"
+
+
+@pytest.mark.xdist_group("runs")
+def test_figures_show_what_they_hold(run, outputs):
+    for number, data in enumerate(d for d in outputs if PLOTLY_MIME in d):
+        check_figure(plain_figure(data[PLOTLY_MIME]), {"notebook": run[0], "figure": number})

@@ -448,7 +448,7 @@ def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
     squared = (a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross
     return squared.clamp_min(0).item()
 
-# %% ../../nbs/models/core.ipynb #1a4633d8
+# %% ../../nbs/models/core.ipynb #2f12650a
 def image_grid(
     images: Tensor, columns: int, *, rows: list[str] | None = None, title: str | None = None, ink: float = 1.0
 ) -> Any:
@@ -484,7 +484,8 @@ def image_grid(
     for i, picture in enumerate(pictures):
         top, left = i // columns * (height + 1), i % columns * (width + 1)
         canvas[top : top + height, left : left + width] = (picture / ink).clamp(0, 1)
-    fig = figure(x="column", y="row", title=title, height=max(200, min(26 * canvas.shape[0] // 10 + 90, 620)))
+    shown = min(8.0, 700 / canvas.shape[1], 530 / canvas.shape[0])  # pixels on the screen for one of an image
+    fig = figure(x="column", y="row", title=title, height=max(200, round(shown * canvas.shape[0]) + 90))
     shades = [[0.0, "#ffffff"], [1.0, "#1b2a41"]]
     fig.add_trace(
         go.Heatmap(

@@ -67,10 +67,20 @@ def test_plain_figure_restores_arrays_and_drops_the_template():
     (go.Figure(go.Heatmap(z=[[0.0, 1.0], [float("nan"), 2.0]])), "holds nan"),
     (go.Figure(go.Bar(y=[1.0], error_y=dict(array=[float("inf")]))), "error_y.array"),
     (go.Figure(go.Scatter(y=[1.0]), layout=dict(xaxis=dict(range=[0.0, float("nan")]))), "layout.xaxis.range"),
+    (go.Figure(go.Bar(x=["a", "b"], y=[1.0, 2.0]), layout=dict(xaxis=dict(type="linear"))), r"'a' in data\[0\].x, but xaxis is"),
+    (go.Figure(go.Bar(x=[1.0, 2.0], y=["1", "b"], yaxis="y2", orientation="h"), layout=dict(yaxis2=dict(type="log"))),
+     r"'b' in data\[0\].y, but yaxis2 is log"),
 ])
 def test_empty_and_non_finite_figures_are_refused(figure, message):
     with pytest.raises(FigureError, match=message):
         check_figure(plain_figure(figure), {"n": 3, "name": "a"})
+
+
+def test_names_are_allowed_where_the_axis_takes_them():
+    bars = go.Bar(x=["a", "b"], y=[1.0, 2.0])
+    for kind in ("category", None, "-"):
+        assert check_figure(plain_figure(go.Figure(bars, layout=dict(xaxis=dict(type=kind)))), {}) is None
+    assert check_figure(plain_figure(go.Figure(go.Bar(x=["1", "2"], y=[1, 2]), layout=dict(xaxis=dict(type="linear")))), {}) is None
 
 
 def test_gaps_are_allowed():
