@@ -5,17 +5,21 @@
 # %% auto #0
 __all__ = ['MAX_BYTES', 'CARD_KEYS', 'TRAINED_BY', 'DRAWS', 'METRIC_KEYS', 'WeightsError', 'weights_folder', 'remake_command',
            'available', 'Card', 'card', 'best_device', 'load', 'save', 'expected_calibration_error', 'frechet_distance',
-           'image_grid']
+           'record', 'activations', 'train_averaged', 'image_grid']
 
-# %% ../../nbs/models/core.ipynb #bb0632df
+# %% ../../nbs/models/core.ipynb #86b9a2b5
 import hashlib
 import importlib
 import importlib.util
 import json
+import math
 import os
 import platform
 import re
 import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
 from datetime import date
 from importlib import metadata, resources
 from pathlib import Path
@@ -447,6 +451,120 @@ def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
     cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp_min(0).sqrt().sum()
     squared = (a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross
     return squared.clamp_min(0).item()
+
+# %% ../../nbs/models/core.ipynb #6e84c54a
+@contextmanager
+def record(
+    model: nn.Module, *names: str, detach: bool = True
+) -> Iterator[dict[str, list[tuple[tuple, Any]]]]:
+    """Collect inputs and outputs of named submodules.
+
+    Args:
+        model: any module; its hooks are left as they were.
+        names: names as in `model.named_modules()`, such as "blocks.1" or "blocks.3.attention.weights".
+        detach: whether tensors are cut from the graph; otherwise gradients flow through them.
+
+    Yields:
+        A dictionary from name to a list with one pair (inputs, output) per call.
+
+    Raises:
+        ValueError: there is no such submodule.
+    """
+    parts = dict(model.named_modules())
+    unknown = [name for name in names if name not in parts]
+    if unknown:
+        known = ", ".join(list(parts)[1:6])
+        raise ValueError(f"names must be modules of the network ({known}, …), not {unknown}")
+
+    def freeze(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.detach() if detach else value
+        return tuple(map(freeze, value)) if isinstance(value, tuple) else value
+
+    tape: dict[str, list[tuple[tuple, Any]]] = {name: [] for name in names}
+    hooks = [
+        parts[name].register_forward_hook(
+            lambda _, given, out, name=name: tape[name].append((freeze(given), freeze(out)))
+        )
+        for name in tape
+    ]
+    try:
+        yield tape
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def activations(model: nn.Module, x: Any, names: Sequence[str]) -> dict[str, Any]:
+    """Run a network and return the outputs of some of its modules; gradients flow through them.
+
+    Args:
+        model: the network; its hooks are left as they were.
+        x: its input.
+        names: names of modules, as in `model.named_modules()`.
+    Returns:
+        Name to output, in the order of `names`; of a module that ran several times the last output.
+    Raises:
+        ValueError: if there is no module of that name, or it did not run.
+    """
+    with record(model, *names, detach=False) as tape:
+        model(x)
+    idle = sorted(name for name, calls in tape.items() if not calls)
+    if idle:
+        raise ValueError(f"names must be modules that run; {idle} did not")
+    return {name: calls[-1][1] for name, calls in tape.items()}
+
+# %% ../../nbs/models/core.ipynb #1cdee056
+def train_averaged(
+    model: nn.Module,
+    loss_at: Callable[[int], Tensor],
+    *,
+    steps: int,
+    rate: float = 3e-3,
+    weight_decay: float = 0.01,
+    average: float = 0.998,
+    after: Callable[[int], None] | None = None,
+    report: Callable[[int, nn.Module], None] | None = None,
+) -> tuple[nn.Module, list[float]]:
+    """Train a network in place and return a moving average of it.
+
+    Args:
+        model: the network, in the mode and on the device where it is to be trained.
+        loss_at: called with the number of the step, from 0; draws a batch and returns the loss.
+        steps: optimiser steps.
+        rate: largest learning rate: up to 100 steps of warm-up, then a cosine to zero.
+        weight_decay: of AdamW.
+        average: decay of the moving average of the parameters, a step; smaller at the start. Buffers are taken as they
+            are at the end.
+        after: called with the number of the step when the parameters have been changed.
+        report: called as `report(step, averaged_model)` after every 250 steps.
+    Returns:
+        The averaged network in eval mode on the CPU, and the loss of every step.
+    """
+    averaged = deepcopy(model).eval().requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), rate, betas=(0.9, 0.99), weight_decay=weight_decay)
+    warmup = max(1, min(100, steps // 10))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda i: min((i + 1) / warmup, 1.0) * (0.5 + 0.5 * math.cos(math.pi * i / steps))
+    )
+    losses = []
+    for step in range(steps):
+        loss = loss_at(step)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if after:
+            after(step)
+        keep = min(average, (step + 1) / (step + 10))
+        torch._foreach_lerp_(list(averaged.parameters()), [p.detach() for p in model.parameters()], 1 - keep)
+        losses.append(loss.item())
+        if report and (step + 1) % 250 == 0:
+            report(step + 1, averaged)
+    for mine, latest in zip(averaged.buffers(), model.buffers(), strict=True):
+        mine.copy_(latest)
+    return averaged.cpu().requires_grad_(True), losses
 
 # %% ../../nbs/models/core.ipynb #2f12650a
 def image_grid(

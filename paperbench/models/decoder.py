@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['rotary_angles', 'rotate', 'KVCache', 'Step', 'SoftmaxAttention', 'Attention', 'FeedForward', 'MixtureOfExperts',
            'load_balancing_loss', 'Block', 'Decoder', 'next_token_log_probs', 'pad_prompts', 'Generation', 'generate',
-           'record', 'train_decoder']
+           'train_decoder']
 
-# %% ../../nbs/models/decoder.ipynb #7e0c6d2f
+# %% ../../nbs/models/decoder.ipynb #6957a3b5
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -868,41 +867,6 @@ def generate(
         ended = found == stop
         lengths = torch.where(ended.any(1), ended.int().argmax(1) + 1, lengths)
     return Generation(found, lengths, torch.stack(scores, dim=1))
-
-# %% ../../nbs/models/decoder.ipynb #7904d27c
-@contextmanager
-def record(model: nn.Module, *names: str) -> Iterator[dict[str, list[tuple[tuple, Any]]]]:
-    """Collect inputs and outputs of named submodules.
-
-    Args:
-        model: any module.
-        names: names as in `model.named_modules()`.
-
-    Yields:
-        A dictionary from name to a list with one pair (inputs, output) per call; detached tensors.
-
-    Raises:
-        AttributeError: there is no such submodule.
-    """
-
-    def freeze(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value.detach()
-        return tuple(map(freeze, value)) if isinstance(value, tuple) else value
-
-    tape: dict[str, list[tuple[tuple, Any]]] = {name: [] for name in names}
-    parts = {name: model.get_submodule(name) for name in names}
-    hooks = [
-        part.register_forward_hook(
-            lambda _, given, out, name=name: tape[name].append((freeze(given), freeze(out)))
-        )
-        for name, part in parts.items()
-    ]
-    try:
-        yield tape
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 # %% ../../nbs/models/decoder.ipynb #e3230036
 def train_decoder(

@@ -6,16 +6,15 @@
 __all__ = ['to_data', 'to_images', 'Block', 'Attention', 'Level', 'UNet', 'DigitsDenoiser', 'noise_levels', 'denoising_loss',
            'train', 'GaussianDigits', 'sample']
 
-# %% ../../nbs/models/digits_diffusion.ipynb #2aa1c462
+# %% ../../nbs/models/digits_diffusion.ipynb #e1d52475
 import math
 from collections.abc import Callable
-from copy import deepcopy
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .core import best_device
+from .core import best_device, train_averaged
 
 # %% ../../nbs/models/digits_diffusion.ipynb #407f7594
 def to_data(images: Tensor) -> Tensor:
@@ -255,7 +254,7 @@ def _check_values(sigma: Tensor, label: Tensor, null_label: int) -> None:
     if not good_label:
         raise ValueError(f"label must lie in -1 … {null_label}, not {label.tolist()}")
 
-# %% ../../nbs/models/digits_diffusion.ipynb #a4d3ed6e
+# %% ../../nbs/models/digits_diffusion.ipynb #c29be804
 def noise_levels(number: int, generator: torch.Generator, low: float = 0.002, high: float = 80.0) -> Tensor:
     """Stratified noise levels for one training batch: 90 % log-normal(-0.4, 1.4), 10 % log-uniform.
 
@@ -333,32 +332,17 @@ def train(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = DigitsDenoiser().to(device).train()
-    averaged = deepcopy(model).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), rate, betas=(0.9, 0.99), weight_decay=0.01)
-    warmup = max(1, min(100, steps // 10))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: min((i + 1) / warmup, 1.0) * (0.5 + 0.5 * math.cos(math.pi * i / steps))
-    )
-    losses = []
-    for step in range(steps):
+
+    def loss_at(step: int) -> Tensor:
         rows = torch.randint(len(images), (batch,), generator=draws)
         dropped = torch.rand(batch, generator=draws) < drop_label
         sigma = noise_levels(batch, draws, model.sigma_min, model.sigma_max)
         noise = torch.randn(batch, *images.shape[1:], generator=draws)
         rows, dropped, sigma, noise = (t.to(device) for t in (rows, dropped, sigma, noise))
         label = torch.where(dropped, model.null_label, labels[rows])
-        loss = denoising_loss(model, images[rows], label, sigma, noise).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        keep = min(average, (step + 1) / (step + 10))
-        torch._foreach_lerp_(list(averaged.parameters()), [p.detach() for p in model.parameters()], 1 - keep)
-        losses.append(loss.item())
-        if report and (step + 1) % 250 == 0:
-            report(step + 1, averaged)
-    return averaged.cpu().requires_grad_(True), losses
+        return denoising_loss(model, images[rows], label, sigma, noise).mean()
+
+    return train_averaged(model, loss_at, steps=steps, rate=rate, average=average, report=report)
 
 # %% ../../nbs/models/digits_diffusion.ipynb #fc9c3a7a
 class GaussianDigits:

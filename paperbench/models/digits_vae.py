@@ -5,15 +5,14 @@
 # %% auto #0
 __all__ = ['LEVELS', 'to_levels', 'log_mass', 'bits_per_dimension', 'ResidualBlock', 'Encoder', 'Decoder', 'DigitsVAE', 'train']
 
-# %% ../../nbs/models/digits_vae.ipynb #e06a6587
+# %% ../../nbs/models/digits_vae.ipynb #efcc93b3
 import math
-from copy import deepcopy
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .core import best_device
+from .core import best_device, train_averaged
 from .digits_classifier import jitter
 
 # %% ../../nbs/models/digits_vae.ipynb #bed67cb8
@@ -306,7 +305,7 @@ class DigitsVAE(nn.Module):
         """Reconstruct images (B, 1, 16, 16) from the mean of their posterior; the same shape, in [0, 1]."""
         return self.decode(self.encode(x)[0])
 
-# %% ../../nbs/models/digits_vae.ipynb #95f13883
+# %% ../../nbs/models/digits_vae.ipynb #8e1ea2be
 def train(
     images: Tensor,
     *,
@@ -341,25 +340,12 @@ def train(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = DigitsVAE(latent).to(device).train()
-    averaged = deepcopy(model).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), rate, betas=(0.9, 0.99), weight_decay=0.05)
-    warmup = max(1, min(100, steps // 10))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: min((i + 1) / warmup, 1.0) * (0.5 + 0.5 * math.cos(math.pi * i / steps))
-    )
-    losses = []
-    for step in range(steps):
+
+    def loss_at(step: int) -> Tensor:
         chosen = images[torch.randint(len(images), (batch,), generator=draws)]
         moved = jitter(chosen, draws, turn=0.1, zoom=0.05, shift=0.06).clamp(0, 1)
         chosen = torch.where(torch.rand(batch, 1, 1, 1, generator=draws) < jittered, moved, chosen)
         weight = beta * min(1.0, 5 * (step + 1) / steps)
-        loss = bits_per_dimension(model.elbo(chosen.to(device), weight, draws)).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        keep = min(average, (step + 1) / (step + 10))
-        torch._foreach_lerp_(list(averaged.parameters()), [p.detach() for p in model.parameters()], 1 - keep)
-        losses.append(loss.item())
-    return averaged.cpu().requires_grad_(True), losses
+        return bits_per_dimension(model.elbo(chosen.to(device), weight, draws)).mean()
+
+    return train_averaged(model, loss_at, steps=steps, rate=rate, weight_decay=0.05, average=average)

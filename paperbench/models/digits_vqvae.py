@@ -5,15 +5,12 @@
 # %% auto #0
 __all__ = ['VectorQuantiser', 'perplexity', 'TokenEncoder', 'TokenDecoder', 'DigitsVQVAE', 'train']
 
-# %% ../../nbs/models/digits_vqvae.ipynb #7781e2cc
-import math
-from copy import deepcopy
-
+# %% ../../nbs/models/digits_vqvae.ipynb #405f047c
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .core import best_device
+from .core import best_device, train_averaged
 from .digits_classifier import jitter
 from .digits_vae import ResidualBlock
 
@@ -272,7 +269,7 @@ class DigitsVQVAE(nn.Module):
         """Reconstruct images (B, 1, 16, 16) through their tokens; the same shape, in [0, 1]."""
         return self.decode(self.quantise(self.encode(x))[0]).clamp(0, 1)
 
-# %% ../../nbs/models/digits_vqvae.ipynb #5001ee44
+# %% ../../nbs/models/digits_vqvae.ipynb #2c7e6676
 def train(
     images: Tensor,
     *,
@@ -307,14 +304,9 @@ def train(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = DigitsVQVAE(codes).to(device).train()
-    averaged = deepcopy(model).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), rate, betas=(0.9, 0.99), weight_decay=0.01)
-    warmup = max(1, min(100, steps // 10))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: min((i + 1) / warmup, 1.0) * (0.5 + 0.5 * math.cos(math.pi * i / steps))
-    )
-    losses = []
-    for step in range(steps):
+    errors, last = [], {}
+
+    def loss_at(step: int) -> Tensor:
         chosen = images[torch.randint(len(images), (batch,), generator=draws)]
         moved = jitter(chosen, draws, turn=0.1, zoom=0.05, shift=0.06)
         chosen = torch.where(torch.rand(batch, 1, 1, 1, generator=draws) < jittered, moved, chosen).to(device)
@@ -324,15 +316,13 @@ def train(
         quantised, indices = model.quantise(h)
         error = (model.decode(quantised) - chosen).square().mean()
         distance = (h - quantised.detach()).square().mean()
-        optimizer.zero_grad()
-        (error / 0.02 + commitment * distance).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        errors.append(error.item())
+        last.update(h=h.detach(), indices=indices)
+        return error / 0.02 + commitment * distance
+
+    def move_codes(step: int) -> None:
         model.quantiser.dead = 0.5 if step < 0.8 * steps else 0.0
-        model.quantiser.update(h.detach(), indices, draws)
-        keep = min(average, (step + 1) / (step + 10))
-        torch._foreach_lerp_(list(averaged.parameters()), [p.detach() for p in model.parameters()], 1 - keep)
-        losses.append(error.item())
-    averaged.quantiser.load_state_dict(model.quantiser.state_dict())
-    return averaged.cpu().requires_grad_(True), losses
+        model.quantiser.update(last["h"], last["indices"], draws)
+
+    averaged, _ = train_averaged(model, loss_at, steps=steps, rate=rate, average=average, after=move_codes)
+    return averaged, errors

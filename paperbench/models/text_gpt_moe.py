@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KINDS', 'active_parameters', 'Routing', 'routing', 'without_expert', 'token_kind']
 
-# %% ../../nbs/models/text_gpt_moe.ipynb #176b66c8
+# %% ../../nbs/models/text_gpt_moe.ipynb #83d04941
 import keyword
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .decoder import Decoder, MixtureOfExperts, record
+from .core import record
+from .decoder import Decoder, MixtureOfExperts
 
 # %% ../../nbs/models/text_gpt_moe.ipynb #76068aec
 def active_parameters(model: Decoder) -> int:

@@ -14,7 +14,7 @@ import scipy.linalg
 import torch
 from torch import nn
 
-from paperbench.models.core import WeightsError, available, card, expected_calibration_error, frechet_distance, image_grid, load, remake_command, save
+from paperbench.models.core import WeightsError, activations, available, card, expected_calibration_error, frechet_distance, image_grid, load, record, remake_command, save, train_averaged
 
 
 class Tied(nn.Module):
@@ -200,6 +200,63 @@ def test_frechet_distance_against_scipy_and_closed_forms():
         frechet_distance(ta, tb[:, :3])
     with pytest.raises(ValueError, match="features_a must be finite"):
         frechet_distance(ta * float("nan"), tb)
+
+
+def test_recording_sees_every_call_and_leaves_no_hooks():
+    torch.manual_seed(0)
+    layer = nn.Linear(3, 3)
+    model = nn.Sequential(layer, nn.Tanh(), layer, nn.Identity())
+    x = torch.randn(2, 3)
+    with record(model, "0", "1") as tape:
+        y = model(x)
+    assert [len(tape[n]) for n in "01"] == [2, 1] and torch.equal(tape["0"][0][0][0], x)
+    assert torch.equal(tape["0"][1][1], y) and not tape["0"][1][1].requires_grad
+    seen = activations(model, x, ["1", "0"])
+    assert list(seen) == ["1", "0"] and torch.equal(seen["0"], y) and seen["1"].requires_grad
+    torch.autograd.grad(seen["1"].sum(), layer.weight)
+    assert not any(m._forward_hooks for m in model.modules())
+    with pytest.raises(RuntimeError):
+        with record(model, "0"):
+            model(torch.randn(2, 4))
+    assert not layer._forward_hooks
+    for broken in (lambda: activations(model, x, ["7"]), lambda: record(model, "7").__enter__()):
+        with pytest.raises(ValueError, match="names must be modules of the network"):
+            broken()
+    two = nn.ModuleDict({"used": layer, "idle": nn.Tanh()})
+    two.forward = two["used"].forward
+    with pytest.raises(ValueError, match="'idle'. did not"):
+        activations(two, x, ["idle"])
+
+
+def test_the_average_is_that_of_the_weights():
+    weight = nn.Linear(1, 1, bias=False)
+    weight.register_buffer("count", torch.zeros(()))
+    seen, reports = [], []
+    target = torch.tensor([[2.0]])
+
+    def after(step: int) -> None:
+        weight.count += 1
+        seen.append(weight.weight.item())
+
+    start = weight.weight.item()
+    kept, losses = train_averaged(
+        weight,
+        lambda step: (weight(torch.ones(1, 1)) - target).square().sum(),
+        steps=500,
+        rate=0.05,
+        weight_decay=0.0,
+        average=0.9,
+        after=after,
+        report=lambda step, model: reports.append(step),
+    )
+    expected = start
+    for step, value in enumerate(seen):
+        keep = min(0.9, (step + 1) / (step + 10))
+        expected = keep * expected + (1 - keep) * value
+    assert abs(kept.weight.item() - expected) < 1e-5 and abs(expected - 2) < 1e-3
+    assert kept.count == 500 and reports == [250, 500] and losses[-1] < 1e-4 < losses[0]
+    assert abs(seen[0] - start) < 0.002 < abs(seen[60] - seen[50]), "the rate rises from a fiftieth"
+    assert kept.weight.requires_grad and not kept.training
 
 
 def test_image_grid_puts_pictures_where_they_belong():

@@ -5,7 +5,7 @@
 import pytest
 import torch
 
-from paperbench.models.decoder import Decoder, KVCache, next_token_log_probs, record, train_decoder
+from paperbench.models.decoder import Decoder, KVCache, next_token_log_probs, train_decoder
 
 
 def tiny(seed: int = 0, **changes) -> Decoder:
@@ -204,6 +204,8 @@ def test_parts_can_be_recorded_and_replaced():
         def forward(self, q, k, v, *, mask=None, causal=False):
             seen = torch.ones(q.shape[2], k.shape[2]).tril() if causal else mask.float()
             return (seen / seen.sum(-1, keepdim=True)).to(v) @ v
+
+    from paperbench.models.core import record
 
     model = tiny()
     tokens = torch.randint(24, (2, 6))

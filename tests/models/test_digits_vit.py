@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paperbench import data
-from paperbench.models.core import load
-from paperbench.models.digits_vit import DigitsViT, TransformerBlock, activations, attention_maps, attention_rollout, train
+from paperbench.models.core import activations, load
+from paperbench.models.digits_vit import DigitsViT, TransformerBlock, attention_maps, attention_rollout, train
 
 
 def test_attention_and_block_are_pytorchs():
