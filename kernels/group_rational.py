@@ -10,7 +10,7 @@ __all__ = ['MAX_DEGREE', 'WAYS', 'FORWARD_LANES', 'BACKWARD_LANES', 'SINGLE_LANE
            'backward_kernel', 'reduce_kernel', 'group_rational', 'fit_rational', 'configurations', 'fingerprint',
            'compile_all', 'benchmark']
 
-# %% ../nbs/kernels/group_rational.ipynb #e3335f37
+# %% ../nbs/kernels/group_rational.ipynb #4ae8a56a
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -39,7 +39,6 @@ from paperbench.kernels.core import (
     signature_of,
     source_fingerprint,
     tl,
-    triton,
 )
 
 # %% ../nbs/kernels/group_rational.ipynb #6498031a

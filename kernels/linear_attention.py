@@ -8,7 +8,7 @@ __all__ = ['METHODS', 'MAX_BLOCK', 'SPAN_QUANTUM', 'MIN_SPAN', 'linear_attention
            'chunk_scan_kernel', 'row_terms_kernel', 'linear_attention', 'configurations', 'fingerprint', 'compile_all',
            'benchmark']
 
-# %% ../nbs/kernels/linear_attention.ipynb #efc5a571
+# %% ../nbs/kernels/linear_attention.ipynb #f816851d
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -23,7 +23,6 @@ from paperbench.kernels.core import (
     Configuration,
     aligned_rows,
     check_tensors,
-    compile_configuration,
     compile_configurations,
     copy_bandwidth,
     device_target,
@@ -39,7 +38,6 @@ from paperbench.kernels.core import (
     signature_of,
     source_fingerprint,
     tl,
-    triton,
 )
 
 # %% ../nbs/kernels/linear_attention.ipynb #e4eda81f

@@ -9,7 +9,7 @@ __all__ = ['ALGORITHMS', 'LN4_HIGH', 'LN4_LOW', 'INV_LN4', 'LOWEST', 'MOST', 'TI
            'dots_kernel', 'gradient_kernel', 'two_pass_softmax', 'configurations', 'fingerprint', 'compile_all',
            'benchmark']
 
-# %% ../nbs/kernels/two_pass_softmax.ipynb #dcbd1474
+# %% ../nbs/kernels/two_pass_softmax.ipynb #9f29e2f9
 import functools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -37,7 +37,6 @@ from paperbench.kernels.core import (
     signature_of,
     source_fingerprint,
     tl,
-    triton,
 )
 
 # %% ../nbs/kernels/two_pass_softmax.ipynb #548d390e

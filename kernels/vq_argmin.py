@@ -9,7 +9,7 @@ __all__ = ['ALGORITHMS', 'VECTOR_OPERATIONS', 'MAX_SPANS', 'FINISH_ROWS', 'SETTL
            'settle_kernel', 'pieces_kernel', 'sum_kernel', 'vq_argmin', 'configurations', 'fingerprint', 'compile_all',
            'benchmark']
 
-# %% ../nbs/kernels/vq_argmin.ipynb #fabdd114
+# %% ../nbs/kernels/vq_argmin.ipynb #3a2f964e
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -38,7 +38,6 @@ from paperbench.kernels.core import (
     signature_of,
     source_fingerprint,
     tl,
-    triton,
 )
 
 # %% ../nbs/kernels/vq_argmin.ipynb #3942452a

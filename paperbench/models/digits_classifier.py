@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['jitter', 'Stage', 'DigitsClassifier', 'train', 'sample_quality']
 
-# %% ../../nbs/models/digits_classifier.ipynb #45d26f48
-import math
+# %% ../../nbs/models/digits_classifier.ipynb #6f88e6ce
 from functools import lru_cache
 
 import torch

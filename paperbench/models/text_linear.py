@@ -6,9 +6,9 @@
 __all__ = ['MIXERS', 'KVCache', 'SoftmaxMixer', 'MixerState', 'LinearMixer', 'TextState', 'rotate', 'Block', 'TextLM', 'encode',
            'decode', 'window_bits', 'ngram_bits', 'train_text_lm']
 
-# %% ../../nbs/models/text_linear.ipynb #36516d35
+# %% ../../nbs/models/text_linear.ipynb #0c9a779f
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
