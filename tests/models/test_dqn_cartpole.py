@@ -158,6 +158,6 @@ def test_shipped_agent_balances_the_pole():
     model = load("dqn_cartpole")
     policy = lambda observation, generator: model.act(observation)  # noqa: E731
     played = rollouts(policy, CartPole(), 50, gen(8))
-    assert played.returns.mean() > 450 and not bool(played.terminated.all())
+    assert played.returns.mean() > 490 and not bool(played.terminated.all())
     pytest.importorskip("gymnasium", reason="needs the extra 'data'")
     assert rollouts(policy, environment("cartpole"), 2, gen(9)).returns.mean() > 300
