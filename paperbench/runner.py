@@ -10,7 +10,7 @@ __all__ = ['COMPUTED', 'MAGIC', 'DOTTED', 'FROM_LINE', 'RECORD_FIRST', 'THREAD_V
            'output_path', 'write_atomically', 'write_output', 'read_record', 'Result', 'Interrupted', 'status', 'cores',
            'job_environment', 'death', 'versions', 'slowest_first', 'time_left', 'run', 'report_table']
 
-# %% ../nbs/workbench/runner.ipynb #9fbb6d34
+# %% ../nbs/workbench/runner.ipynb #3455be71
 import ast
 import contextlib
 import datetime
@@ -18,8 +18,10 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import math
 import multiprocessing
 import os
+import queue
 import re
 import shutil
 import signal
@@ -725,7 +727,7 @@ def death(code: int) -> str:
         name = "unknown"
     return f"killed by signal {-code}, {name}{': out of memory?' if name == 'SIGKILL' else ''}"
 
-# %% ../nbs/workbench/runner.ipynb #1f3bb665
+# %% ../nbs/workbench/runner.ipynb #f3cbffb9
 ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 
@@ -772,11 +774,27 @@ def _child() -> None:
     end(0)
 
 
+async def _look_again(channel: Any, timeout: float | None = None) -> dict[str, Any]:
+    """Get a message as jupyter_client's channels do, but look at the socket once a second.
+
+    On a busy machine the event loop sometimes misses that a message has arrived; a client that waits without a limit
+    then waits for ever, although the kernel has long answered.
+    """
+    ends = math.inf if timeout is None else time.monotonic() + timeout
+    while True:
+        wait = max(0.0, min(1.0, ends - time.monotonic()))
+        if await channel.socket.poll(int(1000 * wait)):
+            return await channel._recv()
+        if time.monotonic() >= ends:
+            raise queue.Empty
+
+
 def _execute(job: Mapping[str, Any], scratch: Path, kernels: list[subprocess.Popen]) -> dict[str, Any]:
     "Run papermill and tell what came of it; the kernel's process joins `kernels` as soon as it exists."
     import papermill
     from ipykernel.kernelspec import get_kernel_dict
     from jupyter_client import AsyncKernelManager
+    from jupyter_client.channels import AsyncZMQSocketChannel
     from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
     from nbclient.exceptions import DeadKernelError
     from papermill import engines
@@ -807,7 +825,9 @@ def _execute(job: Mapping[str, Any], scratch: Path, kernels: list[subprocess.Pop
             if at_end or (self.now() - self.last_save_time).total_seconds() >= SAVE_EVERY_S:
                 super().save(**kwargs)
 
-    engines.NotebookExecutionManager = Seldom  # this process runs one notebook and ends
+    # this process runs one notebook and ends
+    engines.NotebookExecutionManager = Seldom
+    AsyncZMQSocketChannel.get_msg = _look_again
     current: dict[str, Any] = {"cell": None}
 
     def started(cell: Any, cell_index: int) -> None:
