@@ -25,6 +25,11 @@ def lab(root, tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
     env = {**os.environ, "JUPYTER_CONFIG_DIR": str(home / "config"), "JUPYTER_DATA_DIR": str(home / "data"), "JUPYTER_RUNTIME_DIR": str(home / "run"),
            "IPYTHONDIR": str(home / "ipython")}
+    # what the test runs must not be saved into the checkout, as it would be after two minutes
+    settings = home / "settings" / "@jupyterlab" / "docmanager-extension" / "plugin.jupyterlab-settings"
+    settings.parent.mkdir(parents=True)
+    settings.write_text('{"autosave": false}')
+    env["JUPYTERLAB_SETTINGS_DIR"] = str(home / "settings")
     env.pop("PAPERBENCH_EXPLORE", None)
     log = open(home / "log", "w")
     command = [sys.executable, "-m", "paperbench.cli", "open", "--no-browser", "--port", str(port), f"--IdentityProvider.token={TOKEN}"]
