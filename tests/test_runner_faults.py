@@ -392,9 +392,10 @@ def test_a_dask_cluster_survives_the_loss_of_a_worker(tmp_path, monkeypatch):
 # the command that dies
 
 COMMAND = """
-import sys
+import signal, sys
 from paperbench.runner import Interrupted, report_table, run
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores Ctrl-C
     try:
         print(report_table(run(root=sys.argv[1], workers=2, timeout=60, progress=True)))
     except Interrupted as stopped:
