@@ -11,7 +11,7 @@ __all__ = ['EXPLORE_MIME', 'PLOTLY_MIME', 'VERDICTS', 'mathml', 'convert_math', 
            'public_modules', 'module_page', 'module_summary', 'reference_index', 'check_site', 'drop_outside_imports',
            'SiteReport', 'find_engine', 'render', 'build_site', 'SiteServer', 'serve']
 
-# %% ../nbs/workbench/site.ipynb #32ea132f
+# %% ../nbs/workbench/site.ipynb #60a43b4f
 import ast
 import hashlib
 import html
@@ -38,6 +38,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 import yaml
 from execnb.nbio import dict2nb, nb2dict
+from filelock import FileLock
 from nbdev.frontmatter import FrontmatterProc
 from nbdev.process import NBProcessor
 from nbdev.processors import (
@@ -1788,7 +1789,7 @@ def render(project: str | os.PathLike, engine: str) -> list[str]:
         }
     )
 
-# %% ../nbs/workbench/site.ipynb #4042aa49
+# %% ../nbs/workbench/site.ipynb #136f3dbe
 def _digest(*parts: bytes | str) -> str:
     "A short hash of several pieces."
     h = hashlib.sha256()
@@ -1839,6 +1840,9 @@ def _own_assets() -> dict[str, bytes]:
     return found | {name: text.encode() for name, text in runtime().items()}
 
 
+_LOCK = ".lock"  # in `_proc`, held by the build under way
+
+
 class _Pages:
     "The pages of a project in the making, with what is known of the last build."
 
@@ -1867,14 +1871,14 @@ class _Pages:
         "Remove what does not belong to this build."
         for path in sorted(self.folder.rglob("*"), reverse=True):
             relative = path.relative_to(self.folder)
-            if relative.parts[0] in ("_site", ".quarto", ".build.json"):
+            if relative.parts[0] in ("_site", ".quarto", ".build.json", _LOCK):
                 continue
             if path.is_file() and relative.as_posix() not in self.new:
                 path.unlink()
             elif path.is_dir() and not any(path.iterdir()):
                 path.rmdir()
 
-# %% ../nbs/workbench/site.ipynb #d08796e2
+# %% ../nbs/workbench/site.ipynb #75542d55
 def build_site(root: str | os.PathLike | None = None, *, engine: str = "auto") -> SiteReport:
     """Build the website of a project.
 
@@ -1897,8 +1901,16 @@ def build_site(root: str | os.PathLike | None = None, *, engine: str = "auto") -
     for needed in ("_quarto.yml", "nbs/index.ipynb"):
         if not (root / needed).is_file():
             raise FileNotFoundError(f"{root / needed} is missing; a site needs it")
+    (root / "_proc").mkdir(exist_ok=True)
+    with FileLock(root / "_proc" / _LOCK):
+        report = _build_site(root, engine)
+    report.seconds = time.perf_counter() - began
+    return report
+
+# %% ../nbs/workbench/site.ipynb #763b4157
+def _build_site(root: Path, engine: str) -> SiteReport:
+    "Build the website of the project at `root`; whoever calls holds the lock."
     proc, site = root / "_proc", root / "_site"
-    proc.mkdir(exist_ok=True)
     context = _read_context(root)
     report = SiteReport(site, engine, errors=context.problems)
     for name, run in context.runs.items():
@@ -2030,7 +2042,6 @@ def build_site(root: str | os.PathLike | None = None, *, engine: str = "auto") -
     _write(pages.record, json.dumps(record))
     report.errors += problems
     report.pages = sum(1 for p in pages.new if p.endswith((".ipynb", ".qmd")))
-    report.seconds = time.perf_counter() - began
     return report
 
 # %% ../nbs/workbench/site.ipynb #cb6fa4a0

@@ -7,6 +7,8 @@ import shutil
 import stat
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import plotly.graph_objects as go
@@ -213,6 +215,21 @@ def test_problems_are_reported_and_the_rest_is_built(tmp_path, root):
     assert "The last run failed" in text and "no luck" in text and "test failed" in text
     repaired = site.build_site(tmp_path, engine="auto")
     assert sorted(repaired.errors) == sorted(report.errors)  # what is still wrong is said again
+
+
+def test_two_builds_at_once_take_turns(tmp_path, root):
+    make_project(tmp_path, root)
+    start = threading.Barrier(2)
+
+    def build(_):
+        start.wait(30)
+        return site.build_site(tmp_path, engine="auto")
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(build, range(2))
+    assert first.errors == second.errors == [] and first.pages == second.pages > 0
+    assert sorted([first.made, second.made])[0] == 0  # the one that waited found everything in place
+    assert (tmp_path / "_site/toy/alpha.html").exists() and not (tmp_path / "_proc/_site").exists()
 
 
 def test_removed_notebooks_lose_their_pages(tmp_path, root):
