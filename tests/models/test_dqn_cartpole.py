@@ -51,7 +51,9 @@ def test_a_table_trained_by_dqn_is_the_exact_solution():
 
 
 def test_targets_follow_the_formula():
-    online, target = (QNetwork(hidden=(8,)) for _ in range(2))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        online, target = (QNetwork(hidden=(8,)) for _ in range(2))
     seen = torch.randn(50, 4, generator=gen(1))
     batch = Batch(seen, torch.zeros(50).long(), torch.arange(50.0), torch.linspace(0, 1, 50), seen.flip(0))
     with torch.no_grad():
