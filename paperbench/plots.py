@@ -6,8 +6,9 @@
 __all__ = ['colors', 'sequential', 'diverging', 'templates', 'AXIS_TYPES', 'template', 'check_axis', 'figure', 'axis_range',
            'panels', 'pick', 'add_errors', 'add_band']
 
-# %% ../nbs/workbench/plots.ipynb #2efbd64d
+# %% ../nbs/workbench/plots.ipynb #f8a8872c
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -54,7 +55,7 @@ templates: dict[str, go.layout.Template] = {
 for _name, _template in templates.items():
     pio.templates[f"paperbench-{_name}"] = _template
 
-# %% ../nbs/workbench/plots.ipynb #82d27ca8
+# %% ../nbs/workbench/plots.ipynb #e95a6675
 AXIS_TYPES = ("linear", "log", "category", "date", "-")
 
 
@@ -95,9 +96,16 @@ def figure(
     """
     check_axis("x", x, x_type)
     check_axis("y", y, y_type)
+    x_limits, y_limits = axis_range("x_range", x_range, x_type), axis_range("y_range", y_range, y_type)
+    return go.Figure(_blank_figure(title, height, (x, x_type, *(x_limits or ())), (y, y_type, *(y_limits or ()))))
+
+
+@lru_cache(maxsize=256)
+def _blank_figure(title: str | None, height: int, x: tuple[Any, ...], y: tuple[Any, ...]) -> go.Figure:
+    "The figure to copy; an axis is its title, its type and perhaps two limits."
     fig = go.Figure(layout=dict(template=templates["neutral"], height=height, title=dict(text=title)))
-    fig.update_xaxes(title=dict(text=x), type=x_type, range=axis_range("x_range", x_range, x_type))
-    fig.update_yaxes(title=dict(text=y), type=y_type, range=axis_range("y_range", y_range, y_type))
+    fig.update_xaxes(title=dict(text=x[0]), type=x[1], range=x[2:] or None)
+    fig.update_yaxes(title=dict(text=y[0]), type=y[1], range=y[2:] or None)
     if title:
         fig.update_layout(margin=dict(t=78))
     return fig
@@ -124,7 +132,7 @@ def axis_range(name: str, limits: Sequence[float] | None, kind: str) -> list[flo
         raise ValueError(f"{name} must be two different finite numbers{' above 0' if kind == 'log' else ''}, got {tuple(limits)}")
     return [float(np.log10(low)), float(np.log10(high))] if kind == "log" else [low, high]
 
-# %% ../nbs/workbench/plots.ipynb #078a4b4e
+# %% ../nbs/workbench/plots.ipynb #7a579ffb
 def panels(
     titles: Sequence[str],
     x: Sequence[str] | str,
@@ -167,13 +175,40 @@ def panels(
     x, y, x_type, y_type = each("x", x), each("y", y), each("x_type", x_type), each("y_type", y_type)
     if widths is not None and len(widths) != n:
         raise ValueError(f"widths must hold {n} numbers, got {len(widths)}")
-    fig = make_subplots(1, n, subplot_titles=list(titles), column_widths=widths, shared_yaxes=shared_y, horizontal_spacing=spacing)
-    fig.update_layout(template=templates["neutral"], height=height, margin=dict(t=74))
-    fig.update_annotations(font=dict(size=15), yshift=6)
     for i in range(n):
         check_axis(f"x[{i}]", x[i], x_type[i])
-        fig.update_xaxes(title=dict(text=x[i]), type=x_type[i], row=1, col=i + 1)
-        fig.update_yaxes(title=dict(text=y[i]) if not shared_y or i == 0 else None, type=y_type[i], row=1, col=i + 1)
+        if not shared_y or i == 0:
+            check_axis(f"y[{i}]", y[i], y_type[i])
+    axes = tuple(zip(x, x_type, y, y_type, strict=True))
+    relative = None if widths is None else tuple(float(w) for w in widths)
+    return go.Figure(_blank_panels(tuple(titles), axes, relative, height, shared_y, spacing))
+
+
+@lru_cache(maxsize=256)
+def _blank_panels(
+    titles: tuple[str, ...],
+    axes: tuple[tuple[str, str, str, str], ...],
+    widths: tuple[float, ...] | None,
+    height: int,
+    shared_y: bool,
+    spacing: float,
+) -> go.Figure:
+    "The row of panels to copy; the axes of a panel are (x title, x type, y title, y type)."
+    columns = None if widths is None else list(widths)
+    fig = make_subplots(
+        1,
+        len(titles),
+        subplot_titles=list(titles),
+        column_widths=columns,
+        shared_yaxes=shared_y,
+        horizontal_spacing=spacing,
+    )
+    fig.update_layout(template=templates["neutral"], height=height, margin=dict(t=74))
+    fig.update_annotations(font=dict(size=15), yshift=6)
+    for i, (x, x_type, y, y_type) in enumerate(axes):
+        fig.update_xaxes(title=dict(text=x), type=x_type, row=1, col=i + 1)
+        titled = dict(text=y) if not shared_y or i == 0 else None
+        fig.update_yaxes(title=titled, type=y_type, row=1, col=i + 1)
     fig.update_layout(legend=dict(y=1.13))
     return fig
 

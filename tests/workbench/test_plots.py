@@ -72,6 +72,18 @@ def test_figure_needs_axis_titles_and_valid_ranges():
     assert list(figure("x", "y", x_type="log", x_range=(10, 1000)).layout.xaxis.range) == [1.0, 3.0]
 
 
+def test_figures_of_the_same_kind_share_nothing():
+    for make in (lambda: figure("x", "y", title="t"), lambda: panels(["a", "b"], x="x", y="y")):
+        first, before = make(), make().to_dict()
+        first.add_scatter(x=[1], y=[2])
+        first.update_layout(title="changed", height=100)
+        first.update_xaxes(range=[0, 1])
+        first.layout.template.layout.colorway = ["red"]
+        assert make().to_dict() == before != first.to_dict()
+    right = panels(["a", "b"], x="x", y="y").add_scatter(x=[1], y=[2], row=1, col=2)
+    assert right.data[0].xaxis == "x2"
+
+
 def test_panels_and_errors_check_lengths():
     with pytest.raises(ValueError, match="x must be one string or 2"):
         panels(["a", "b"], x=["only one"], y="y")
