@@ -1,5 +1,7 @@
 """What must hold between notebooks and the files made from them, and for every notebook of the project."""
 
+import os
+
 import pytest
 
 from paperbench.catalogue import catalogue, notebook_paths, project_root
@@ -38,3 +40,10 @@ def test_prerequisites_make_no_circle():
     while ready := {s for s, n in needs.items() if s not in done and not (n & needs.keys()) - done}:
         done |= ready
     assert done == set(needs), f"in a circle: {sorted(set(needs) - done)}"
+
+
+@pytest.mark.xdist_group("groups")
+def test_tests_of_one_group_stay_on_one_worker(request):
+    """pytest-xdist 3.8 marks the group in the test's name; with pytest 9.2 it silently does not, and two workers share a group."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    assert request.node.nodeid.endswith("@groups" if worker else "stay_on_one_worker")
