@@ -176,7 +176,7 @@ def deis_coefficients(
             rules.append(StepRule(1.0, extrapolation_weights(schedule, nodes, sigma_next, variable)))
     return rules
 
-# %% ../../nbs/diffusion_sampling/deis.ipynb #809c658f
+# %% ../../nbs/diffusion_sampling/deis.ipynb #485ee677
 TABLEAUS: tuple[tuple[tuple[tuple[float, ...], ...], tuple[float, ...]], ...] = (
     (((),), (1.0,)),
     (((), (1.0,)), (0.5, 0.5)),
@@ -210,12 +210,12 @@ def runge_kutta_step(
     for row in rows:
         at, stage = sigma + sum(row) * length, x
         for a, noise in zip(row, noises):
-            stage = stage + length * a * noise
+            stage = torch.add(stage, noise, alpha=length * a)
         denoised = denoise(stage, at)
         first = denoised if first is None else first
         noises.append((stage - denoised) / at)
     for weight, noise in zip(weights, noises):
-        x = x + length * weight * noise
+        x = torch.add(x, noise, alpha=length * weight)
     return x, first
 
 # %% ../../nbs/diffusion_sampling/deis.ipynb #fa16b501
