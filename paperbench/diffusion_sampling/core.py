@@ -684,7 +684,7 @@ def classifier_guidance(
 
     return Guided(model, rule)
 
-# %% ../../nbs/diffusion_sampling/core.ipynb #67cb4a8c
+# %% ../../nbs/diffusion_sampling/core.ipynb #3481d7a6
 class Step(NamedTuple):
     """What a callback is told after every step.
 
@@ -768,7 +768,7 @@ class Run:
             out = self.model(x.to(self._dtype), sigma)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
-        if out.numel() and not math.isfinite(out.abs().max()):  # NaN and infinity both survive a maximum
+        if out.numel() and not math.isfinite(out.detach().abs().max()):  # NaN and infinity both survive a maximum
             bad = out.numel() - int(torch.isfinite(out).sum())
             raise ValueError(f"{where}: {bad} of {out.numel()} values that the model returned are not finite")
         return out.to(self.x.dtype)
