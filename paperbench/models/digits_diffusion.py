@@ -164,7 +164,7 @@ class UNet(nn.Module):
         h = self.decoder[1](torch.cat([self.up(h), shallow], 1), condition)
         return self.unfold(self.out(F.silu(self.norm(h))))
 
-# %% ../../nbs/models/digits_diffusion.ipynb #a830e0d3
+# %% ../../nbs/models/digits_diffusion.ipynb #9cb2e8a2
 class DigitsDenoiser(nn.Module):
     """Class-conditional denoiser of digits in EDM preconditioning: D(x; sigma, label) ≈ E[x0 | x, label].
 
@@ -206,7 +206,7 @@ class DigitsDenoiser(nn.Module):
         """Estimate the clean image.
 
         Args:
-            x: (B, 1, 16, 16) floating, x0 + sigma·noise with x0 in [-1, 1].
+            x: (B, 1, 16, 16) floating, x0 + sigma·noise with x0 in [-1, 1]; B may be 0.
             sigma: noise level, a number or (B,), at least 0. At 0 the answer is `x` itself.
             label: class, a number or (B,) integers 0 … classes - 1; -1, `null_label` or None for no class.
         Returns:
@@ -234,6 +234,8 @@ class DigitsDenoiser(nn.Module):
         dtype = self.network.stem.weight.dtype
         s = sigma[:, None, None, None]
         size = (s.square() + self.sigma_data**2).sqrt()
+        if len(x) == 0:  # which convolutions and foldings of PyTorch refuse
+            return x * size
         raw = self.network((x / size).to(dtype), level.to(dtype), label).to(x.dtype)
         return (self.sigma_data / size) ** 2 * x + s * self.sigma_data / size * raw
 

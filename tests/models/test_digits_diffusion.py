@@ -32,6 +32,8 @@ def test_calling_conventions():
         assert model(x, 1e6, 3).isfinite().all()
         assert model.double()(x, torch.full((3,), 0.7), 3).dtype == torch.float64
         assert torch.vmap(lambda image: model(image[None], 0.7, 2)[0])(x).shape == x.shape
+    none = model(torch.zeros(0, 1, 16, 16, dtype=torch.float64), 1.0, 3)
+    assert none.shape == (0, 1, 16, 16) and none.dtype == torch.float64
 
 
 def test_attention_is_pytorchs_and_shows_its_map():
