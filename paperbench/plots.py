@@ -132,7 +132,7 @@ def axis_range(name: str, limits: Sequence[float] | None, kind: str) -> list[flo
         raise ValueError(f"{name} must be two different finite numbers{' above 0' if kind == 'log' else ''}, got {tuple(limits)}")
     return [float(np.log10(low)), float(np.log10(high))] if kind == "log" else [low, high]
 
-# %% ../nbs/workbench/plots.ipynb #c7fdac09
+# %% ../nbs/workbench/plots.ipynb #720c31a8
 def panels(
     titles: Sequence[str],
     x: Sequence[str] | str,
@@ -177,7 +177,6 @@ def panels(
         raise ValueError(f"widths must hold {n} numbers, got {len(widths)}")
     for i in range(n):
         check_axis(f"x[{i}]", x[i], x_type[i])
-    check_axis("y[0]", y[0], y_type[0])  # panels further right may leave the title to the first
     axes = tuple(zip(x, x_type, y, y_type, strict=True))
     relative = None if widths is None else tuple(float(w) for w in widths)
     return go.Figure(_blank_panels(tuple(titles), axes, relative, height, shared_y, spacing))
