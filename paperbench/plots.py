@@ -210,7 +210,7 @@ def _blank_panels(
     fig.update_layout(legend=dict(y=1.13))
     return fig
 
-# %% ../nbs/workbench/plots.ipynb #aa681332
+# %% ../nbs/workbench/plots.ipynb #4433a99d
 def pick(color: int | str) -> str:
     """Turn an index into the palette, or any CSS colour, into a CSS colour."""
     return colors[color % len(colors)] if isinstance(color, (int, np.integer)) else color
@@ -222,7 +222,7 @@ def add_errors(
     mean: Sequence[float],
     err: Sequence[float],
     *,
-    name: str,
+    name: str | None,
     color: int | str = 0,
     dash: str | None = None,
     symbol: str = "circle",
@@ -236,7 +236,7 @@ def add_errors(
         x: positions, length n.
         mean: heights, length n.
         err: half-lengths of the bars, length n, at least 0 (say in the text or the name what they are).
-        name: name in the legend.
+        name: name in the legend; None leaves the line out of it, as for the same method in a second panel.
         color: index into `colors`, or a CSS colour.
         dash: plotly dash style of the line.
         symbol: plotly marker symbol.
@@ -252,7 +252,7 @@ def add_errors(
         raise ValueError(f"err must be at least 0, got {err.min()}")
     c = pick(color)
     trace = go.Scatter(
-        x=x, y=mean, name=name, mode="lines+markers", line=dict(color=c, dash=dash, width=2),
+        x=x, y=mean, name=name, showlegend=name is not None, mode="lines+markers", line=dict(color=c, dash=dash, width=2),
         marker=dict(symbol=symbol, size=8), error_y=dict(type="data", array=err, color=c, thickness=1.3, width=4),
     )
     return fig.add_trace(trace) if row is None else fig.add_trace(trace, row=row, col=col)

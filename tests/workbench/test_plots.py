@@ -96,3 +96,5 @@ def test_panels_and_errors_check_lengths():
     add_errors(fig, [1, 2], [3.0, 4.0], [0.1, 0.2], name="a", color=1, row=1, col=2)
     assert fig.data[0].yaxis == "y2" and fig.data[0].line.color == colors[1]
     assert tuple(fig.data[0].error_y.array) == (0.1, 0.2)
+    add_errors(fig, [1, 2], [3.0, 4.0], [0.1, 0.2], name=None)
+    assert [trace.showlegend for trace in fig.data] == [True, False]
