@@ -14,7 +14,7 @@ NOTEBOOKS = [p.relative_to(ROOT / "nbs").with_suffix("").as_posix() for p in not
 PLOTLY_MIME = "application/vnd.plotly.v1+json"
 PAGE_BUDGET = 1_500_000
 LIVE_MS = 150
-HARD_LIMIT_S = 75  # the slowest takes 32 s, two at a time on two cores; authors aim for 10 s
+HARD_LIMIT_S = 120  # of wall time on a busy machine; on a quiet one the slowest takes 32 s, and authors aim for 10 s
 
 
 @pytest.fixture(scope="session", params=NOTEBOOKS)
