@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['colors', 'sequential', 'diverging', 'templates', 'AXIS_TYPES', 'template', 'check_axis', 'figure', 'axis_range',
-           'panels', 'pick', 'add_errors', 'add_band']
+           'panels', 'headline', 'pick', 'add_errors', 'add_band']
 
 # %% ../nbs/workbench/plots.ipynb #f8a8872c
 from collections.abc import Sequence
@@ -209,6 +209,32 @@ def _blank_panels(
         fig.update_yaxes(title=titled, type=y_type, row=1, col=i + 1)
     fig.update_layout(legend=dict(y=1.13))
     return fig
+
+# %% ../nbs/workbench/plots.ipynb #053f4c81
+def headline(fig: go.Figure, text: str) -> go.Figure:
+    """Put one line of text, such as the number a reader should watch, above the legend and the panel titles.
+
+    The figure grows by the line's height, so that neither a legend nor a panel loses room to it.
+
+    Args:
+        fig: figure from `figure` or `panels` without a title of its own; changed in place.
+        text: the line.
+
+    Returns:
+        `fig`.
+
+    Raises:
+        ValueError: `text` is empty or `fig` has a title already.
+    """
+    if not text.strip():
+        raise ValueError("text must not be empty")
+    if fig.layout.title.text:
+        raise ValueError(f"fig has a title already: {fig.layout.title.text!r}")
+    line = 30
+    top = fig.layout.margin.t or templates["neutral"].layout.margin.t
+    height = None if fig.layout.height is None else fig.layout.height + line
+    title = dict(text=text, yref="container", y=1, yanchor="top", pad=dict(t=8))
+    return fig.update_layout(title=title, margin=dict(t=top + line), height=height)
 
 # %% ../nbs/workbench/plots.ipynb #4433a99d
 def pick(color: int | str) -> str:

@@ -6,8 +6,8 @@
 __all__ = ['SPACINGS', 'PREDICTIONS', 'NoiseSchedule', 'VPLinear', 'VPCosine', 'EDM', 'Flow', 'DiscreteVP', 'noise_schedule',
            'make_sigmas', 'check_sigmas', 'Denoiser', 'Guided', 'as_denoiser', 'mixture_denoiser', 'mixture_classifier',
            'to_data', 'from_data', 'from_network', 'conditional', 'classifier_free', 'classifier_guidance', 'Step',
-           'Run', 'Trajectory', 'initial_noise', 'ddim', 'reference_solution', 'gaussian_flow', 'endpoint_error',
-           'sliced_wasserstein', 'mode_weights', 'error_amplification']
+           'Run', 'Trajectory', 'initial_noise', 'ddim', 'ancestral_step', 'reference_solution', 'gaussian_flow',
+           'endpoint_error', 'sliced_wasserstein', 'mode_weights', 'error_amplification']
 
 # %% ../../nbs/diffusion_sampling/core.ipynb #2e05b8d0
 import math
@@ -873,6 +873,44 @@ def ddim(
         denoised = run.denoise(run.x, sigma)
         run.advance(denoised + (sigma_next / sigma) * (run.x - denoised), denoised)
     return run.result()
+
+# %% ../../nbs/diffusion_sampling/core.ipynb #b9659e44
+def ancestral_step(
+    x: Tensor,
+    denoised: Tensor,
+    sigma: Tensor | float,
+    sigma_next: Tensor | float,
+    eta: float = 1.0,
+    noise: Tensor | None = None,
+) -> Tensor:
+    """One step of DDIM (`eta=0`), DDPM with the small posterior variance (`eta=1`) or anything between.
+
+    Source: Song, Meng and Ermon, "Denoising Diffusion Implicit Models" (2021), equations 12 and 16.
+
+    Args:
+        x: State at `sigma`, shape (B, ...).
+        denoised: Data prediction there, shape (B, ...).
+        sigma: Positive noise-to-signal ratio before the step, a number or shape (B,).
+        sigma_next: Ratio after the step, at least 0, a number or shape (B,).
+        eta: Share of the posterior's standard deviation that is drawn afresh, in [0, 1].
+        noise: Standard normal noise, shape (B, ...); needed for `eta > 0`.
+    Returns:
+        State at `sigma_next`, shape (B, ...).
+    Raises:
+        ValueError: If `eta` is out of range or `noise` is missing.
+    """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta must lie in [0, 1], not {eta}")
+    if eta > 0 and noise is None:
+        raise ValueError("noise must be given for eta > 0, not None")
+    shape = (-1, *[1] * (x.ndim - 1))
+    levels = (torch.as_tensor(v, dtype=x.dtype, device=x.device) for v in (sigma, sigma_next))
+    sigma, sigma_next = (v.reshape(shape) for v in levels)
+    # a level below the target, which some samplers ask for, draws nothing
+    fresh = eta * sigma_next * (1 - (sigma_next / sigma) ** 2).clamp_min(0).sqrt()
+    kept = (sigma_next**2 - fresh**2).clamp_min(0).sqrt()
+    x_next = denoised + kept / sigma * (x - denoised)
+    return x_next if noise is None or eta == 0 else x_next + fresh * noise
 
 # %% ../../nbs/diffusion_sampling/core.ipynb #b5e2c25c
 @torch.no_grad()

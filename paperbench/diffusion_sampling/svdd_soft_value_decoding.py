@@ -6,18 +6,18 @@
 __all__ = ['ReverseKernel', 'GaussianKernel', 'MaskedKernel', 'select', 'Choice', 'decode', 'sample', 'PosteriorMeanValue',
            'ValueMLP', 'SoftValueMC', 'MixtureValue', 'best_of_n', 'smc_decode', 'reward_guidance']
 
-# %% ../../nbs/diffusion_sampling/svdd_soft_value_decoding.ipynb #ed9e0899
+# %% ../../nbs/diffusion_sampling/svdd_soft_value_decoding.ipynb #e2d520bd
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from ..data import GaussianMixture
-from .core import Denoiser, Guided, Run, Step, as_denoiser, check_sigmas
+from .core import Denoiser, Guided, Run, Step, ancestral_step, as_denoiser, check_sigmas
 from .feynman_kac_correctors import effective_sample_size, systematic_resample
 from torch import Tensor, nn
 
-# %% ../../nbs/diffusion_sampling/svdd_soft_value_decoding.ipynb #7db883fb
+# %% ../../nbs/diffusion_sampling/svdd_soft_value_decoding.ipynb #2ddd22d8
 class ReverseKernel(Protocol):
     """What `decode` needs of a pretrained model.
 
@@ -109,13 +109,12 @@ class GaussianKernel:
             Shape (B * candidates, ...), the draws of one state consecutive.
         """
         sigma, sigma_next = self.levels[index], self.levels[index + 1]
-        spread = self.eta * sigma_next * math.sqrt(1 - (sigma_next / sigma) ** 2)
-        mean = prediction + math.sqrt(sigma_next**2 - spread**2) / sigma * (x - prediction)
-        mean = mean.repeat_interleave(candidates, 0)
-        if spread == 0:
-            return mean
+        x, prediction = (v.repeat_interleave(candidates, 0) for v in (x, prediction))
+        if not self.is_random(index):
+            return ancestral_step(x, prediction, sigma, sigma_next, 0.0)
         device = x.device if generator is None else generator.device
-        return mean + spread * torch.randn(mean.shape, generator=generator, device=device, dtype=mean.dtype).to(x.device)
+        noise = torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype).to(x.device)
+        return ancestral_step(x, prediction, sigma, sigma_next, self.eta, noise)
 
 # %% ../../nbs/diffusion_sampling/svdd_soft_value_decoding.ipynb #bd84c253
 class MaskedKernel:

@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['BASES', 'COEFFICIENTS', 'pixel_variance', 'data_variance', 'expected_variance', 'Shift', 'shift_by', 'shift_time',
-           'TimeShift', 'ancestral_step', 'sample', 'ExposureBias', 'exposure_bias_curve', 'oracle_time',
-           'epsilon_scaling']
+           'TimeShift', 'sample', 'ExposureBias', 'exposure_bias_curve', 'oracle_time', 'epsilon_scaling']
 
-# %% ../../nbs/diffusion_sampling/time_shift_sampler.ipynb #2f1ffc2e
+# %% ../../nbs/diffusion_sampling/time_shift_sampler.ipynb #f5cd2d9c
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -23,6 +22,7 @@ from paperbench.diffusion_sampling.core import (
     Step,
     Trajectory,
     VPLinear,
+    ancestral_step,
     as_denoiser,
     check_sigmas,
     ddim,
@@ -273,38 +273,6 @@ class TimeShift(Guided):
             return clean
         noise = (x_s - clean) / level.reshape(shape)
         return torch.where(moved, x - sigma.reshape(shape) * noise, clean)
-
-# %% ../../nbs/diffusion_sampling/time_shift_sampler.ipynb #cb09ae41
-def ancestral_step(
-    x: Tensor, denoised: Tensor, sigma: Tensor | float, sigma_next: Tensor | float, eta: float = 1.0, noise: Tensor | None = None
-) -> Tensor:
-    """One step of DDIM (`eta=0`), DDPM with the small posterior variance (`eta=1`) or anything between.
-
-    Source: Song, Meng and Ermon, "Denoising Diffusion Implicit Models" (2021), equations 12 and 16.
-
-    Args:
-        x: State at `sigma`, shape (B, ...).
-        denoised: Data prediction there, shape (B, ...).
-        sigma: Positive noise-to-signal ratio before the step, a number or shape (B,).
-        sigma_next: Ratio after the step, at least 0, a number or shape (B,).
-        eta: Share of the posterior's standard deviation that is drawn afresh, in [0, 1].
-        noise: Standard normal noise, shape (B, ...); needed for `eta > 0`.
-    Returns:
-        State at `sigma_next`, shape (B, ...).
-    Raises:
-        ValueError: If `eta` is out of range or `noise` is missing.
-    """
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta must lie in [0, 1], not {eta}")
-    if eta > 0 and noise is None:
-        raise ValueError("noise must be given for eta > 0, not None")
-    shape = (-1, *[1] * (x.ndim - 1))
-    sigma, sigma_next = (torch.as_tensor(v, dtype=x.dtype, device=x.device).reshape(shape) for v in (sigma, sigma_next))
-    # a shifted time may lie below the target: then nothing is drawn
-    fresh = eta * sigma_next * (1 - (sigma_next / sigma) ** 2).clamp_min(0).sqrt()
-    kept = (sigma_next**2 - fresh**2).clamp_min(0).sqrt()
-    x_next = denoised + kept / sigma * (x - denoised)
-    return x_next if noise is None or eta == 0 else x_next + fresh * noise
 
 # %% ../../nbs/diffusion_sampling/time_shift_sampler.ipynb #b9184f9c
 BASES: tuple[str, ...] = ("ddpm", "ddim", "f-pndm", "dpm-solver")

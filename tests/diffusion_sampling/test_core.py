@@ -9,7 +9,7 @@ import torch
 from scipy.stats import wasserstein_distance
 
 from paperbench.data import GaussianMixture, random_mixture, ring_mixture
-from paperbench.diffusion_sampling.core import Denoiser, DiscreteVP, EDM, Flow, PREDICTIONS, Run, SPACINGS, VPCosine, VPLinear, as_denoiser, check_sigmas, classifier_free, classifier_guidance, conditional, ddim, endpoint_error, error_amplification, from_data, from_network, gaussian_flow, initial_noise, make_sigmas, mixture_classifier, mixture_denoiser, mode_weights, noise_schedule, reference_solution, sliced_wasserstein, to_data
+from paperbench.diffusion_sampling.core import Denoiser, DiscreteVP, EDM, Flow, PREDICTIONS, Run, SPACINGS, VPCosine, VPLinear, ancestral_step, as_denoiser, check_sigmas, classifier_free, classifier_guidance, conditional, ddim, endpoint_error, error_amplification, from_data, from_network, gaussian_flow, initial_noise, make_sigmas, mixture_classifier, mixture_denoiser, mode_weights, noise_schedule, reference_solution, sliced_wasserstein, to_data
 
 
 EVERY_SCHEDULE = [VPLinear(), VPCosine(), EDM(), Flow()]
@@ -225,6 +225,32 @@ def test_draws_come_from_the_generator():
     before = torch.get_rng_state()
     assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
     assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_ancestral_step_matches_diffusers(eta):
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.DDIMScheduler(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, prediction_type="sample",
+                                        clip_sample=False, set_alpha_to_one=True)
+    scheduler.set_timesteps(8)
+    table = scheduler.alphas_cumprod.double()
+    generator = torch.Generator().manual_seed(0)
+    for t in scheduler.timesteps.tolist():
+        x, clean, noise = (torch.randn(3, 2, 4, 4, generator=generator, dtype=torch.float64) for _ in range(3))
+        before, after = table[t].item(), table[t - 125].item() if t >= 125 else 1.0
+        theirs = scheduler.step(clean, t, math.sqrt(before) * x, eta=eta, variance_noise=noise).prev_sample
+        ours = ancestral_step(x, clean, math.sqrt(1 / before - 1), math.sqrt(1 / after - 1), eta, noise)
+        torch.testing.assert_close(math.sqrt(after) * ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_ancestral_step_needs_noise_and_a_share():
+    x = torch.zeros(2, 2)
+    with pytest.raises(ValueError, match=r"eta must lie in \[0, 1\], not 2.0"):
+        ancestral_step(x, x, 1.0, 0.5, 2.0)
+    with pytest.raises(ValueError, match="noise must be given"):
+        ancestral_step(x, x, 1.0, 0.5)
+    kept = ancestral_step(x + 1, x, torch.tensor([2.0, 4.0]), torch.tensor([1.0, 0.0]), 0.0)
+    assert torch.equal(kept, torch.tensor([[0.5, 0.5], [0.0, 0.0]]))
 
 
 def test_reference_solution_matches_the_closed_form():

@@ -11,7 +11,7 @@ from scipy.optimize import brentq
 from paperbench.data import two_moons_mixture
 from paperbench.diffusion_sampling import deis, dpm_solver_pp
 from paperbench.diffusion_sampling.core import Denoiser, DiscreteVP, VPCosine, VPLinear, classifier_free, ddim, initial_noise, make_sigmas, mixture_denoiser
-from paperbench.diffusion_sampling.time_shift_sampler import BASES, COEFFICIENTS, TimeShift, ancestral_step, data_variance, epsilon_scaling, expected_variance, exposure_bias_curve, oracle_time, sample, shift_by, shift_time
+from paperbench.diffusion_sampling.time_shift_sampler import BASES, COEFFICIENTS, TimeShift, data_variance, epsilon_scaling, expected_variance, exposure_bias_curve, oracle_time, sample, shift_by, shift_time
 
 
 LINEAR = VPLinear()
@@ -107,22 +107,6 @@ def test_window_zero_is_the_base_sampler_bit_for_bit(dtype):
     runs = [sample(moons_model(), x, grid, base="ddpm", generator=torch.Generator().manual_seed(1), **options)
             for options in ({"window": 0}, {"window": 90, "cutoff": 1000}, {"window": 0, "coefficients": "both"})]
     assert torch.equal(runs[0], runs[1]) and torch.equal(runs[0], runs[2])
-
-
-@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
-def test_ancestral_step_matches_diffusers(eta):
-    diffusers = pytest.importorskip("diffusers")
-    scheduler = diffusers.DDIMScheduler(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, prediction_type="sample",
-                                        clip_sample=False, set_alpha_to_one=True)
-    scheduler.set_timesteps(8)
-    table = scheduler.alphas_cumprod.double()
-    generator = torch.Generator().manual_seed(0)
-    for t in scheduler.timesteps.tolist():
-        x, clean, noise = (torch.randn(3, 2, 4, 4, generator=generator, dtype=torch.float64) for _ in range(3))
-        before, after = table[t].item(), table[t - 125].item() if t >= 125 else 1.0
-        theirs = scheduler.step(clean, t, math.sqrt(before) * x, eta=eta, variance_noise=noise).prev_sample
-        ours = ancestral_step(x, clean, math.sqrt(1 / before - 1), math.sqrt(1 / after - 1), eta, noise)
-        torch.testing.assert_close(math.sqrt(after) * ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 def paper_ddim(eps_model, x_t, times, window, cutoff, v0, coefficients):
@@ -268,10 +252,6 @@ def test_bad_input_is_named():
         epsilon_scaling(Denoiser(lambda x, sigma, label: x), 0.0)
     with pytest.raises(ValueError, match="at least one picture"):
         data_variance(x[:0])
-    with pytest.raises(ValueError, match="eta must lie"):
-        ancestral_step(x, x, 1.0, 0.5, 2.0)
-    with pytest.raises(ValueError, match="noise must be given"):
-        ancestral_step(x, x, 1.0, 0.5)
     with pytest.raises(ValueError, match="at least two pictures"):
         exposure_bias_curve(model, x[:1], grid)
     with pytest.raises(TypeError, match="base must be a Denoiser"):

@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 import plotly.io as pio
 import pytest
 
-from paperbench.plots import add_errors, colors, figure, panels
+from paperbench.plots import add_errors, colors, figure, headline, panels
 
 
 def linear_rgb(color):
@@ -70,6 +70,17 @@ def test_figure_needs_axis_titles_and_valid_ranges():
     with pytest.raises(ValueError, match="above 0"):
         figure("x", "y", x_type="log", x_range=(0, 1))
     assert list(figure("x", "y", x_type="log", x_range=(10, 1000)).layout.xaxis.range) == [1.0, 3.0]
+
+
+def test_headline_leaves_the_plot_its_size():
+    for fig in (figure("x", "y", height=300), panels(["a", "b"], "x", "y", height=300)):
+        before = fig.layout.height - (fig.layout.margin.t or fig.layout.template.layout.margin.t)
+        assert headline(fig, "error 0.1") is fig and fig.layout.title.text == "error 0.1"
+        assert fig.layout.height - fig.layout.margin.t == before
+        with pytest.raises(ValueError, match="has a title already: 'error 0.1'"):
+            headline(fig, "twice")
+    with pytest.raises(ValueError, match="text must not be empty"):
+        headline(figure("x", "y"), " ")
 
 
 def test_figures_of_the_same_kind_share_nothing():
