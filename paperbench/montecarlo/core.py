@@ -16,20 +16,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# %% ../../nbs/montecarlo/core.ipynb #635e88f2
-def _checked_log_weights(log_weights: Tensor) -> Tensor:
-    """`log_weights` if they are usable: floating, at least one particle, neither nan nor +inf."""
+# %% ../../nbs/montecarlo/core.ipynb #852c45d0
+def _log_total(log_weights: Tensor) -> Tensor:
+    """Logarithm of the sum of the weights of every row; refuses what is not a log-weight."""
     if not isinstance(log_weights, Tensor) or not log_weights.is_floating_point():
         kind = getattr(log_weights, "dtype", type(log_weights))
         raise TypeError(f"log_weights must be a floating-point tensor, not {kind}")
     if log_weights.ndim == 0 or log_weights.shape[-1] == 0:
         raise ValueError(f"log_weights must have shape (..., N) with N >= 1, not {tuple(log_weights.shape)}")
-    bad = log_weights.isnan() | (log_weights == math.inf)
-    if bool(bad.any()):
+    total = log_weights.logsumexp(-1)
+    # a nan or +inf in a row is one in its sum, so only the sums are looked at
+    if not bool((total < math.inf).all()):
+        bad = log_weights.isnan() | (log_weights == math.inf)
         raise ValueError(
             f"log_weights must be finite or -inf; {int(bad.sum())} of {bad.numel()} values are nan or +inf"
         )
-    return log_weights
+    return total
 
 
 def normalize(log_weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,10 +46,11 @@ def normalize(log_weights: Tensor) -> tuple[Tensor, Tensor]:
         TypeError: If `log_weights` is not a floating-point tensor.
         ValueError: If there is no particle, or a value is nan or +inf.
     """
-    total = _checked_log_weights(log_weights).logsumexp(-1)
-    count = log_weights.shape[-1]
-    dead = (total == -math.inf).unsqueeze(-1)
-    weights = torch.where(dead, torch.full_like(log_weights, 1 / count), log_weights.softmax(-1))
+    total, count = _log_total(log_weights), log_weights.shape[-1]
+    dead = total == -math.inf
+    weights = (log_weights - total.masked_fill(dead, 0).unsqueeze(-1)).exp()
+    if bool(dead.any()):
+        weights = weights.masked_fill(dead.unsqueeze(-1), 1 / count)
     return weights, total - math.log(count)
 
 
@@ -64,10 +67,10 @@ def effective_sample_size(log_weights: Tensor) -> Tensor:
         TypeError: If `log_weights` is not a floating-point tensor.
         ValueError: If there is no particle, or a value is nan or +inf.
     """
-    total, squares = _checked_log_weights(log_weights).logsumexp(-1), (2 * log_weights).logsumexp(-1)
+    total, squares = _log_total(log_weights), (2 * log_weights).logsumexp(-1)
     return torch.where(total == -math.inf, torch.zeros_like(total), torch.exp(2 * total - squares))
 
-# %% ../../nbs/montecarlo/core.ipynb #ff3e7f1d
+# %% ../../nbs/montecarlo/core.ipynb #98237766
 SCHEMES: tuple[str, ...] = ("multinomial", "residual", "stratified", "systematic")
 
 
@@ -129,7 +132,7 @@ def resample(
     """
     if scheme not in SCHEMES:
         raise ValueError(f"scheme must be one of {', '.join(SCHEMES)}, not {scheme!r}")
-    weights, _ = normalize(_checked_log_weights(log_weights).double())
+    weights = normalize(log_weights)[0].double()
     size = weights.shape[-1] if size is None else size
     if size < 0:
         raise ValueError(f"size must be at least 0, not {size}")
@@ -227,7 +230,7 @@ def _pick(choices: Tensor, log_probs: Tensor, generator: torch.Generator | None)
     """One multinomial index for each row of `log_probs`, shape (..., K); `choices` gives the dtype's device."""
     return resample(log_probs, 1, "multinomial", generator).squeeze(-1).to(choices.device)
 
-# %% ../../nbs/montecarlo/core.ipynb #682d17cd
+# %% ../../nbs/montecarlo/core.ipynb #5b5589cb
 def _square_root(name: str, covariance: Tensor) -> Tensor:
     """A matrix S with S S^T = covariance, which may be singular."""
     if covariance.ndim != 2 or covariance.shape[0] != covariance.shape[1]:
@@ -249,10 +252,9 @@ def _gaussian_log_prob(name: str, residual: Tensor, covariance: Tensor) -> Tenso
     factor, failed = torch.linalg.cholesky_ex(covariance)
     if bool(failed):
         raise ValueError(f"{name} is singular, so the transition or observation has no density")
-    flat = residual.reshape(-1, residual.shape[-1]).T
-    white = (
-        torch.linalg.solve_triangular(factor, flat, upper=False).square().sum(0).reshape(residual.shape[:-1])
-    )
+    whitening = torch.linalg.solve_triangular(factor, torch.eye(len(factor)).to(factor), upper=False)
+    # a matrix product of width one is many times slower than the elementwise one
+    white = (residual * whitening[0] if len(factor) == 1 else residual @ whitening.T).square().sum(-1)
     return -0.5 * white - factor.diagonal().log().sum() - 0.5 * len(factor) * math.log(2 * math.pi)
 
 
