@@ -6,7 +6,7 @@
 __all__ = ['VERDICTS', 'MIME', 'paired_interval', 'ClaimChanged', 'Claim', 'mean', 'standard_error', 'measurements', 'claim',
            'number', 'card', 'gather', 'keep']
 
-# %% ../nbs/workbench/claims.ipynb #920480bc
+# %% ../nbs/workbench/claims.ipynb #d8800479
 import html
 import math
 import os
@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
-# %% ../nbs/workbench/claims.ipynb #8a1188cb
+# %% ../nbs/workbench/claims.ipynb #e4158824
 def paired_interval(differences: Sequence[float], *, method: str = "t", level: float = 0.95, seed: int = 0) -> tuple[float, float]:
     """Confidence interval of the mean of paired differences.
 
@@ -44,11 +44,13 @@ def paired_interval(differences: Sequence[float], *, method: str = "t", level: f
     if d.std() <= 1e-12 * max(1.0, abs(mean)):
         return mean, mean
     if method == "t":
-        half = float(stats.t.ppf(0.5 + level / 2, len(d) - 1) * d.std(ddof=1) / math.sqrt(len(d)))
+        half = float(special.stdtrit(len(d) - 1, 0.5 + level / 2) * d.std(ddof=1) / math.sqrt(len(d)))
         return mean - half, mean + half
     if method == "bootstrap":
         if len(d) < 10:
             raise ValueError(f"the bootstrap needs at least 10 pairs, got {len(d)}; use method='t'")
+        from scipy import stats  # takes a second to import, and few claims need it
+
         found = stats.bootstrap((d,), np.mean, confidence_level=level, method="BCa", rng=np.random.default_rng(seed)).confidence_interval
         return float(found.low), float(found.high)
     raise ValueError(f"method must be 't' or 'bootstrap', got {method!r}")
