@@ -106,9 +106,9 @@ def test_many_draws_are_forward_smoothing():
 
 
 def test_rejection_with_any_cap_has_the_law_of_the_table():
-    model = LinearGaussian.scalar(0.9, 1.0, 0.5)
+    model = LinearGaussian.scalar(0.9, 0.2, 0.5)  # a density above 1, so that its bound matters
     generator = torch.Generator().manual_seed(0)
-    x, x_next = model.initial_sample((3, 5), generator), 3 * model.initial_sample((3, 2), generator)
+    x, x_next = model.initial_sample((3, 5), generator), model.initial_sample((3, 2), generator)
     log_weights = torch.randn(3, 5, generator=generator, dtype=torch.float64)
     log_weights[1] = torch.tensor([-math.inf, 0.0, -math.inf, -math.inf, 1.0])
     wanted = (log_weights.unsqueeze(1) + model.pairwise(0, x, x_next)).softmax(-1)
