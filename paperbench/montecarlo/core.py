@@ -138,7 +138,7 @@ def resample(
         raise ValueError(f"size must be at least 0, not {size}")
     return _indices(weights, _uniform((*weights.shape[:-1], size), weights.device, generator), scheme)
 
-# %% ../../nbs/montecarlo/core.ipynb #7104152c
+# %% ../../nbs/montecarlo/core.ipynb #31ef6e92
 class StateSpaceModel:
     """A hidden Markov process and its noisy observations, t = 0, 1, ....
 
@@ -226,9 +226,9 @@ def _normal(shape: Sequence[int], like: Tensor, generator: torch.Generator | Non
     return torch.randn(tuple(shape), generator=generator, device=device, dtype=like.dtype).to(like.device)
 
 
-def _pick(choices: Tensor, log_probs: Tensor, generator: torch.Generator | None) -> Tensor:
-    """One multinomial index for each row of `log_probs`, shape (..., K); `choices` gives the dtype's device."""
-    return resample(log_probs, 1, "multinomial", generator).squeeze(-1).to(choices.device)
+def _pick(log_probs: Tensor, generator: torch.Generator | None) -> Tensor:
+    """One index drawn for each row of `log_probs`, shape (..., K)."""
+    return resample(log_probs, 1, "multinomial", generator).squeeze(-1)
 
 # %% ../../nbs/montecarlo/core.ipynb #5b5589cb
 def _square_root(name: str, covariance: Tensor) -> Tensor:
@@ -365,7 +365,7 @@ class LinearGaussian(StateSpaceModel):
         """Log-density of y_t, shape (k,) or (..., k), given x_t; ValueError if R is singular."""
         return _gaussian_log_prob("noise", y - x @ self.observation.T, self.noise)
 
-# %% ../../nbs/montecarlo/core.ipynb #10d711e3
+# %% ../../nbs/montecarlo/core.ipynb #3db2133c
 class StochasticVolatility(StateSpaceModel):
     """x_{t+1} = mu + phi (x_t - mu) + sigma e_t, y_t = exp(x_t / 2) e'_t, stationary start.
 
@@ -482,7 +482,7 @@ class FiniteHMM(StateSpaceModel):
 
     def initial_sample(self, shape: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
         """Draw x_0, int64 of shape `shape`."""
-        return _pick(self.initial, self._log["initial"].expand(*shape, -1), generator)
+        return _pick(self._log["initial"].expand(*shape, -1), generator)
 
     def initial_log_prob(self, x: Tensor) -> Tensor:
         """Log-probability of x_0, shape (...)."""
@@ -490,7 +490,7 @@ class FiniteHMM(StateSpaceModel):
 
     def transition_sample(self, t: int, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Draw x_{t+1} given x_t, shape of `x`."""
-        return _pick(self.initial, self._log["transition"][x], generator)
+        return _pick(self._log["transition"][x], generator)
 
     def transition_log_prob(self, t: int, x: Tensor, x_next: Tensor) -> Tensor:
         """Log-probability of x_{t+1} given x_t; shapes broadcast."""
@@ -502,7 +502,7 @@ class FiniteHMM(StateSpaceModel):
 
     def observation_sample(self, t: int, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Draw the symbol y_t given x_t, shape of `x`."""
-        return _pick(self.initial, self._log["emission"][x], generator)
+        return _pick(self._log["emission"][x], generator)
 
     def observation_log_prob(self, t: int, x: Tensor, y: Tensor) -> Tensor:
         """Log-probability of the symbol `y` given x_t, shape (...)."""

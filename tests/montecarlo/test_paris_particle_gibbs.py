@@ -179,7 +179,7 @@ def test_bad_input_is_named_and_edges_work():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_dtype_generator_and_slices(dtype, monkeypatch):
+def test_dtype_and_generator(dtype):
     model = StochasticVolatility(dtype=dtype)
     y = model.simulate(6, (), torch.Generator().manual_seed(0))[1]
     first = lambda t, x, z: (x * z).unsqueeze(-1)
