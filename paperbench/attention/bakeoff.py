@@ -6,7 +6,7 @@
 __all__ = ['FAR_BASE', 'FAR_REACH', 'FIRST', 'BLOCK', 'CLUSTERS', 'train_far', 'save_far', 'load_far', 'text_bits', 'Contender',
            'fit_clusters', 'line_up', 'window_attention', 'matched_window', 'implied_weights', 'asked_cache_attention']
 
-# %% ../../nbs/attention/bakeoff.ipynb #b328ccbb
+# %% ../../nbs/attention/bakeoff.ipynb #721149fe
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -38,7 +38,7 @@ from .routing_attention import fit_centroids, routing_attention
 from ..models.core import load, weights_folder
 from ..models.decoder import Decoder
 
-# %% ../../nbs/attention/bakeoff.ipynb #edd73a66
+# %% ../../nbs/attention/bakeoff.ipynb #8718f733
 FAR_BASE = 1e6  # of the rotary angles
 FAR_REACH = 16_384  # largest distance that occurs in tuning
 
@@ -189,7 +189,7 @@ def text_bits(
     nats = -laws.gather(2, tokens[:, -last:, None].long())[..., 0]
     return nats.double().mean(1) / math.log(2)
 
-# %% ../../nbs/attention/bakeoff.ipynb #65dbe10c
+# %% ../../nbs/attention/bakeoff.ipynb #51192bf8
 FIRST = 16  # pinned tokens of the Λ mask
 BLOCK = 32  # side of the coarse blocks
 CLUSTERS = 16

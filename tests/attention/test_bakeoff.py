@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from paperbench.attention.bakeoff import CLUSTERS, asked_cache_attention, implied_weights, line_up, load_far, matched_window, save_far, text_bits, train_far, window_attention
+from paperbench.attention.bakeoff import CLUSTERS, FAR_BASE, asked_cache_attention, implied_weights, line_up, load_far, matched_window, save_far, text_bits, train_far, window_attention
 from paperbench.attention.core import check_attention, softmax_attention, softmax_weights
 from paperbench.attention.hyperattention import hyper_attention
 from paperbench.attention.linear_attention import LinearState
@@ -41,6 +41,8 @@ def test_choosers_are_exact_below_the_budget_and_not_above():
         for name in ("exact", "window", "Λ mask", "sorted blocks", "coarse and fine"):
             gap = (some_contenders()[name].attend("layer")(q, k, v, causal=True) - wanted).abs().max()
             assert (gap < 1e-9) == (exact or name == "exact"), (name, length, gap)
+        last = some_contenders()["exact"].attend("layer")(q[:, :, -5:], k, v, causal=True)
+        assert (last - wanted[:, :, -5:]).abs().max() < 1e-9  # fewer queries than keys: the last of them
         for name in ("clusters", "random features", "elu features"):
             assert (some_contenders()[name].attend("layer")(q, k, v, causal=True) - wanted).abs().max() > 1e-3
 
@@ -167,6 +169,7 @@ def test_the_shipped_model_reads_far_and_training_moves_only_queries_and_keys(tm
     far, near = load_far(), load("text_gpt").float()
     rows = text[:769].view(1, 769)
     assert (text_bits(far, rows) < text_bits(near, rows) - 0.1).all()
+    assert far.base == FAR_BASE and near.base < FAR_BASE
     tuned, losses = train_far(text, 1, window=16, batch=1, generator=torch.Generator().manual_seed(0))
     assert len(losses) == 1 and 0 < losses[0] < 20
     before, after = near.state_dict(), tuned.state_dict()
