@@ -7,11 +7,14 @@ from functools import lru_cache
 import pytest
 import torch
 
-from paperbench.decoding.bakeoff import Contender, Part, Parts, least_seconds, line_up, lossy_line_up, text_nats
+from paperbench.decoding.bakeoff import Contender, Part, Parts, least_seconds, line_up, lossy_line_up, text_nats, token_weights
+from paperbench.decoding.continuous_speculative_decoding import PatchModel
 from paperbench.decoding.core import Autoregressive, Counters, check_lossless, generate
 from paperbench.decoding.eesd_thompson import EarlyExitModel, ExitLayer, spent
+from paperbench.decoding.ffn_skip_llm import FFNSkip, match_share, skipped_share
 from paperbench.decoding.kangaroo_double_exit import KangarooAdapter, decoding_cost
 from paperbench.decoding.medusa_decoding import MedusaHeads, MedusaTree
+from paperbench.decoding.multi_rate_residuals import AcceleratorStream
 from paperbench.decoding.self_speculative_decoding import cost_per_token, pass_cost
 from paperbench.models.decoder import Decoder
 
@@ -31,29 +34,33 @@ def tiny_parts(vocabulary: int = 3) -> "Parts":
         torch.nn.init.normal_(adapter.norm_out.weight, mean=1.0, std=0.5)
         leave = ExitLayer.for_model(target, 1, hidden=6)
         torch.nn.init.normal_(leave.block.attention.output.weight, std=0.5)
+        stream = AcceleratorStream.of(target, (2, 3))
+        for weight in stream.parameters():
+            torch.nn.init.normal_(weight, std=0.7)
     tree = MedusaTree(((0,), (1,), (0, 0), (1, 2), (0, 0, 1)))
-    for module in (target, draft, heads, adapter, leave):
+    for module in (target, draft, heads, adapter, leave, stream):
         module.requires_grad_(False)
     skip = (("attention", 1), ("feed_forward", 0), ("feed_forward", 2))
-    return Parts(target, draft, heads, tree, adapter, 1, leave, skip)
+    return Parts(target, draft, heads, tree, adapter, 1, leave, skip, stream, 1)
 
 
 def test_the_whole_line_up_is_lossless_exactly():
     start = torch.tensor([0, 2])
     for greedy in (False, True):
         for name, one in line_up(tiny_parts(), 1, greedy=greedy, everyone=True).items():
-            length = 2 if name in ("tree", "multi-draft") else 3  # with siblings, branches explode
             temperature = 0.0 if greedy else 0.8
-            found = check_lossless(one.model, start, one.strategy, length, temperature=temperature)
+            found = check_lossless(one.model, start, one.strategy, 2, temperature=temperature)
             assert found.lossless and one.lossless, (name, found)
     for name, one in line_up(tiny_parts(), 2).items():
         if name not in ("tree", "multi-draft"):  # their own pages check longer ones
             assert check_lossless(one.model, start, one.strategy, 3).lossless, name
-    lossy = lossy_line_up(tiny_parts(), 2, tau=1.2)
-    for name, least in (("typical", 0.1), ("entropy", 0.01)):
+    lossy = lossy_line_up(tiny_parts(), 2, tau=1.2, policy=FFNSkip(-1.0, 0, 0), warmup=0)
+    for name, least in (("typical", 0.1), ("entropy", 0.01), ("FFN skip", 0.01)):
         one = lossy[name]
         found = check_lossless(one.model, start, one.strategy, 3)
         assert not found.lossless and not one.lossless and found.total_variation > least, (name, found)
+    one = lossy_line_up(tiny_parts(), policy=FFNSkip(1.1, 0, 0), warmup=0)["FFN skip"]
+    assert check_lossless(one.model, start, one.strategy, 2).lossless  # nothing is saturated, nothing skipped
     for name, wanted in (("entropy", 1), ("draft alone", 0)):  # the price of two models in turns
         one = lossy[name]
         found = generate(one.model, start[None], one.strategy, 9, temperature=0)
@@ -75,6 +82,13 @@ def test_the_bill_is_that_of_the_methods_own_pages():
         assert bool((one.cost(found.counters, 4, 1.0) >= 12 - 1e-9).all()), name  # drafting saves no work
     one, found, paid = runs["Kangaroo"]
     assert abs(decoding_cost(found.counters, one.model.costs) - paid.sum().item()) < 1e-9
+    one, found, paid = runs["M2R2"]
+    size = lambda model: sum(p.numel() for p in model.parameters())
+    each, words, light = size(parts.target.blocks[0]), 3 * 8, size(parts.stream.lights["0"])
+    draft = (each + light + words) / (3 * each + words)  # a layer, its accelerator, the output matrix
+    wanted = found.counters["rounds"] + draft * found.counters["drafted"].double()
+    assert (wanted - paid).abs().max() < 1e-9 and found.counters["drafted"].sum() > 12
+    assert abs(decoding_cost(found.counters, one.model.costs) - paid.sum().item()) < 1e-9
     one, found, paid = runs["EESD"]
     shares = EarlyExitModel(parts.target, parts.exit).costs()
     assert (spent(found.counters, shares) - paid).abs().max() < 1e-9
@@ -83,7 +97,6 @@ def test_the_bill_is_that_of_the_methods_own_pages():
     assert (own * found.counters["tokens"] - paid).abs().max() < 1e-9
     for name in ("chain", "tree", "multi-draft"):
         one, found, paid = runs[name]
-        size = lambda model: sum(p.numel() for p in model.parameters())
         share = size(parts.draft) / size(parts.target)
         wanted = found.counters["target_passes"] + share * found.counters["draft_passes"].double()
         assert (paid - wanted).abs().max() < 1e-12
@@ -94,6 +107,40 @@ def test_the_bill_is_that_of_the_methods_own_pages():
     one, found, paid = runs["plain"]
     for crowding in (0.0, 0.3, 1.0):
         assert torch.equal(one.cost(found.counters, 4, crowding), torch.full((3,), 12.0).double())
+
+
+def test_feed_forwards_are_paid_when_they_run():
+    parts, seen = tiny_parts(), []
+    texts = torch.randint(3, (6, 20), generator=torch.Generator().manual_seed(0))
+    threshold = match_share(
+        lambda s: FFNSkip(s, 0, 0), parts.target, texts, 0.3, measure=lambda _, t: skipped_share(t), low=-1.0
+    )
+    one = lossy_line_up(parts, policy=FFNSkip(threshold, 0, 0), warmup=3)["FFN skip"]
+    hooks = [
+        block.feed_forward.register_forward_hook(lambda layer, given, out: seen.append(given[0].numel() // 8))
+        for block in parts.target.blocks
+    ]
+    found = generate(one.model, texts[:2, :5], one.strategy, 20, temperature=0)
+    for hook in hooks:
+        hook.remove()
+    size = lambda *layers: sum(p.numel() for layer in layers for p in layer.parameters())
+    block = parts.target.blocks[0]
+    share = size(block.norm2, block.feed_forward) / size(parts.target)
+    ran = sum(seen) - 2 * 4 * 3  # but for those of the prompts
+    wanted = 2 * 20 * (1 - 3 * share) + share * ran
+    assert abs(one.cost(found.counters, 5).sum().item() - wanted) < 1e-9
+    assert abs(one.cost(found.counters, 5, 1.0).sum().item() - wanted) < 1e-9  # one token a pass
+    assert 0 < 2 * 20 * 3 - ran <= 2 * 16 * 2 and one.slug == "ffn_skip_llm"
+
+
+def test_an_image_token_reads_the_head_once_a_step():
+    sizes = dict(dim=8, layers=1, heads=2, hidden=8, head_hidden=4, head_blocks=1, head_steps=5)
+    model, read = PatchModel(4, 2, 3, **sizes), []
+    for name, layer in model.named_modules():
+        own = sum(p.numel() for p in layer.parameters(recurse=False))
+        times = 5 if name.split(".")[0] == "head" else 1
+        read.append(times * own)
+    assert token_weights(model) == sum(read) > sum(p.numel() for p in model.parameters())
 
 
 def test_crowding_charges_every_token_but_the_prompt():
@@ -112,10 +159,10 @@ def test_crowding_charges_every_token_but_the_prompt():
 def test_the_limit_is_kept_and_greedy_texts_agree():
     parts = tiny_parts()
     prompts = torch.tensor([[0, 1, 2], [2, 2, 1]])
-    for depth in (1, 2, 4):
+    for depth in (2, 4):
         texts = []
         for name, one in line_up(parts, depth, greedy=True, everyone=True).items():
-            found = generate(one.model, prompts, one.strategy, 9, temperature=0, record=True)
+            found = generate(one.model, prompts, one.strategy, 7, temperature=0, record=True)
             texts.append(found.tokens)
             height = max(round_.tree.height for round_ in found.rounds)
             widest = max(len(round_.tree) for round_ in found.rounds)
@@ -162,6 +209,9 @@ def test_bad_input_is_named():
     for make in (line_up, lossy_line_up):
         with pytest.raises(ValueError, match="depth must be at least 1, got 0"):
             make(tiny_parts(), 0)
+    with pytest.raises(ValueError, match="warmup must be at least 0, got -1"):
+        lossy_line_up(tiny_parts(), warmup=-1)
+    assert "M2R2" not in line_up(tiny_parts()._replace(stream=None))
     with pytest.raises(ValueError, match=r"tokens must be \(B, T\) behind"):
         text_nats(plain.model, torch.zeros(2, 3).long(), torch.zeros(1, 3).long())
     with pytest.raises(ValueError, match="rounds must be at least 1"):
