@@ -91,7 +91,15 @@ def test_everything_that_is_imported_is_declared(root):
 
 
 def test_weights_are_safetensors_and_small(root):
+    """The wheel has to stay far below the 100 MB that package indexes take.
+
+    A model that several pages study (it has a card) may be large; a part that serves a single page may not.
+    """
     files = list((root / "paperbench/weights").glob("*"))
     assert files and {p.suffix for p in files} <= {".safetensors", ".json"}
     sizes = {p.name: p.stat().st_size for p in files}
-    assert max(sizes.values()) <= 12 * 2**20 and sum(sizes.values()) <= 40 * 2**20, sizes
+    studied = {n for n in sizes if n.removesuffix(".safetensors") + ".json" in sizes}
+    parts = {n: s for n, s in sizes.items() if n not in studied}
+    assert "text_gpt.safetensors" in studied and "medusa_heads.safetensors" in parts
+    assert max(sizes.values()) <= 12 * 2**20 and max(parts.values()) <= 1.6 * 10**6, sizes
+    assert sum(sizes.values()) <= 60 * 10**6, sum(sizes.values())

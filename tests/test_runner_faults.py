@@ -325,8 +325,9 @@ def test_a_notebook_that_always_kills_its_worker_is_red_and_the_others_are_green
     # takes its parent and its worker down, then holds the lock: its kernel cannot even look for a parent
     killer = """
         import ctypes, os, psutil, signal
-        child, *above = psutil.Process().parents()
-        worker = next(p for p in above if "spawn_main" in " ".join(p.cmdline()))
+        child = worker = psutil.Process(os.getppid())
+        while "spawn_main" not in " ".join(worker.cmdline()):
+            worker = psutil.Process(worker.ppid())
         for process in (worker, child):
             os.kill(process.pid, signal.SIGKILL)
         ctypes.PyDLL(None).sleep(600)
@@ -340,10 +341,13 @@ def test_a_notebook_that_always_kills_its_worker_is_red_and_the_others_are_green
 
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="forks are used on Linux only")
+# In what follows processes look for those above them by `ppid`. `psutil.Process.parents` compares times of creation,
+# which it takes from the system's clock; when the clock is set meanwhile, it stops at the first parent.
+
 # kills the process that its parent was forked from
 KILLS_THE_SERVER = """
     import os, psutil, signal, time
-    server = psutil.Process().parents()[1]
+    server = psutil.Process(psutil.Process(os.getppid()).ppid())
     assert "_serve_forks" in " ".join(server.cmdline()), server.cmdline()
     os.kill(server.pid, signal.SIGKILL)
     time.sleep(600)
@@ -364,11 +368,12 @@ LEAVES_TRACES = """
 
 @linux
 def test_a_killed_fork_server_costs_one_notebook_its_row_and_the_worker_goes_on(tmp_path):
-    grandparent = "import psutil\nprint(psutil.Process().parents()[1].pid)"
+    grandparent = "import os, psutil\nprint(psutil.Process(os.getppid()).ppid())"
     root = project(tmp_path, x=notebook(grandparent), y=notebook(KILLS_THE_SERVER), z=notebook(grandparent))
     with nothing_left_behind():
         found = in_thread(root=root, workers=1, progress=False, timeout=60)()
-    assert {n: r.status for n, r in found.items()} == {"x": "green", "y": "red", "z": "green"}
+    told = {n: (r.reason, r.traceback) for n, r in found.items()}
+    assert {n: r.status for n, r in found.items()} == {"x": "green", "y": "red", "z": "green"}, told
     assert "the process that ran the notebook ended early" in found["y"].reason
     servers = [int(printed(root / f"_runs/a/{n}.ipynb")) for n in ("x", "z")]
     assert servers[0] != servers[1]
@@ -391,7 +396,7 @@ def test_numerical_modules_are_there_before_the_first_cell_and_nothing_runs_in_t
         import os, sys
         early = sorted({"torch", "plotly.graph_objects", "scipy.stats"} & sys.modules.keys())
         import numpy, psutil, torch, paperbench.plots
-        server = psutil.Process().parents()[1]
+        server = psutil.Process(psutil.Process(os.getppid()).ppid())
         alone = server.num_threads() <= max(1, int(os.environ["OPENBLAS_NUM_THREADS"]))
         print(early, alone, torch.get_num_threads(), numpy.random.get_state()[1][:4].tolist())
         assert torch.allclose(torch.eye(500) @ torch.ones(500, 500), torch.ones(500, 500))
@@ -408,7 +413,11 @@ def test_numerical_modules_are_there_before_the_first_cell_and_nothing_runs_in_t
 
 def test_cold_runs_start_every_process_afresh(tmp_path, monkeypatch):
     monkeypatch.setenv("PAPERBENCH_COLD", "1")
-    check = "import psutil\nprint([' '.join(p.cmdline()) for p in psutil.Process().parents()][:2])"
+    check = """
+        import os, psutil
+        child = psutil.Process(os.getppid())
+        print([" ".join(p.cmdline()) for p in (child, psutil.Process(child.ppid()))])
+    """
     root = project(tmp_path, x=notebook(check), y=notebook("import os", "os._exit(3)"))
     with nothing_left_behind():
         found = in_thread(root=root, workers=1, progress=False, timeout=60)()
