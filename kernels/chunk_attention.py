@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LEAST_TOKENS', 'PROGRAMS', 'WAYS', 'MERGE_PARTS', 'chunk_attention_reference', 'Partial', 'partial_attention',
            'merge_partials', 'PrefixTreeKVCache', 'Plan', 'Cut', 'find_runs', 'choose_segment', 'cut_plan', 'make_plan',
-           'Cost', 'chunk_cost', 'two_phase_attention', 'chunk_first_kernel', 'sequence_first_kernel', 'max_dim',
-           'tile_of', 'chunk_attention', 'configurations', 'fingerprint', 'compile_all', 'shared_table', 'benchmark']
+           'Cost', 'chunk_cost', 'two_phase_attention', 'chunk_first_kernel', 'sequence_first_kernel', 'tile_of',
+           'chunk_attention', 'configurations', 'fingerprint', 'compile_all', 'shared_table', 'benchmark']
 
 # %% ../nbs/kernels/chunk_attention.ipynb #fdb526d4
 import heapq
@@ -22,23 +22,23 @@ from paperbench.kernels.core import (
     FLOAT_DTYPES,
     KERNEL_DTYPES,
     TARGETS,
+    Comparison,
     Configuration,
     aligned_rows,
     check_tensors,
     compile_configurations,
-    copy_bandwidth,
     device_target,
-    environment,
     jit,
     launch,
-    matrix_peak,
+    max_dim,
     measure,
     next_power_of_2,
     processors,
     relative_error,
+    resolve_attention,
     resolve_impl,
-    signature_of,
     source_fingerprint,
+    tile_configuration,
     tl,
 )
 
@@ -948,15 +948,6 @@ def sequence_first_kernel(
 MERGE_PARTS = 8
 
 
-def max_dim(dtype: torch.dtype) -> int:
-    """Largest D of the kernel: the queries' tile, in float32 with its TF32 remainders, must fit into registers.
-
-    Args:
-        dtype: dtype of keys and values.
-    """
-    return 128 if dtype == torch.float32 else 256
-
-
 def tile_of(dim: int, dtype: torch.dtype, rows: int, target: str) -> dict[str, Any]:
     """Tiles, warps and stages of the chunk-first kernel.
 
@@ -1083,17 +1074,13 @@ def chunk_attention(
             f"{plan.order.device}"
         )
     scale = q.shape[2] ** -0.5 if scale is None else float(scale)
-    if resolve_impl(impl, (q, keys, values)) == "torch" or (impl == "auto" and q.shape[2] > max_dim(q.dtype)):
+    if resolve_attention(impl, (q, keys, values), D=q.shape[2]) == "torch":
         rows = plan.order.long()
         out = chunk_attention_reference(q[rows], keys, values, plan.table, plan.lengths, scale=scale)
         return out[torch.argsort(rows)]
     if q.dtype == torch.float32 and plan.rows > 16:
         raise ValueError(
             f"plan must be for torch.float32 as q, got one with tiles of {plan.rows} rows for 16 bits"
-        )
-    if q.shape[2] > max_dim(q.dtype):
-        raise ValueError(
-            f"impl='triton' takes D up to {max_dim(q.dtype)} in {q.dtype}, got {q.shape[2]}; use impl='torch'"
         )
     fields = (plan.order, plan.table, plan.lengths, plan.items, plan.starts, plan.slots, plan.rows)
     return _operator(q, keys, values, *fields, scale)[..., : q.shape[2]]
@@ -1107,21 +1094,9 @@ _TYPES = {
 _PLAIN = ("scale", "kv_heads", "group", "chunk", "columns", "heads")  # not known to be divisible by 16
 
 
-def _configuration(
-    kernel: Any, dtype: torch.dtype, target: str, tile: dict[str, Any], labels: dict[str, Any]
-) -> Configuration:
-    """A configuration whose dimensions and strides are multiples of 16, as `aligned_rows` makes them."""
-    constants = {name: value for name, value in tile.items() if name.isupper()}
-    signature = signature_of(kernel, constants, dtype, _TYPES)
-    aligned = tuple(name for name in signature if name not in _PLAIN)
-    return Configuration(
-        kernel, dtype, target, signature, constants, tile["num_warps"], tile["num_stages"], aligned, labels
-    )
-
-
 def configurations(targets: Sequence[str] = tuple(TARGETS)) -> list[Configuration]:
     """Every compilation that `chunk_attention` may ask for on these targets."""
-    made = []
+    made, options = [], dict(types=_TYPES, plain=_PLAIN)
     for target in targets:
         for dtype in KERNEL_DTYPES:
             for width in (64, 128, 256):
@@ -1129,10 +1104,11 @@ def configurations(targets: Sequence[str] = tuple(TARGETS)) -> list[Configuratio
                     for rows in (16,) if dtype == torch.float32 else (16, 64):
                         tile = tile_of(width, dtype, rows, target)
                         labels = {"D": width, "rows": rows}
-                        made.append(_configuration(chunk_first_kernel, dtype, target, tile, labels))
+                        work = (chunk_first_kernel, dtype, target, tile, labels)
+                        made.append(tile_configuration(*work, **options))
                     merge = dict(PARTS=MERGE_PARTS, WIDTH=width, num_warps=2, num_stages=1)
-                    labels = {"D": width, "rows": None}
-                    made.append(_configuration(sequence_first_kernel, dtype, target, merge, labels))
+                    work = (sequence_first_kernel, dtype, target, merge, {"D": width, "rows": None})
+                    made.append(tile_configuration(*work, **options))
     return made
 
 
@@ -1257,10 +1233,8 @@ def benchmark(
         competitor: seconds, relative error, and the shares of bandwidth and matrix peak that the bytes and operations nobody
         can save make.
     """
-    device = torch.device(device)
-    bandwidth = copy_bandwidth(device, 1024 if device.type == "cuda" else 16)
-    peak = matrix_peak(device, dtype, peak_size)
-    rows, parity = [], {}
+    bench = Comparison(device, dtype, rounds=rounds, peak_size=peak_size)
+    device = bench.device
     for shape in shapes:
         sequences, shared, private, heads, kv_heads, dim = shape
         generator = torch.Generator().manual_seed(0)
@@ -1280,7 +1254,7 @@ def benchmark(
                 inputs = [x.to(kind) for x in (q, keys, values)]
                 exactly = _exact(*inputs, near, ends)
                 found = chunk_attention(*inputs, schedule)
-                parity[str(kind).removeprefix("torch.")] = relative_error(found, exactly)
+                bench.parity[str(kind).removeprefix("torch.")] = relative_error(found, exactly)
         copies = [
             x[near].transpose(1, 2).flatten(2, 3)[:, :, : shared + private].contiguous()
             for x in (keys, values)
@@ -1298,35 +1272,19 @@ def benchmark(
             **_flashinfer(table, shared // chunk, (shared + private - 1) % chunk + 1, q, keys, values),
         }
         cost = chunk_cost("shared storage", *shape, dtype.itemsize, chunk=chunk)
-        names = ("sequences", "shared", "private", "heads", "kv_heads", "dim")
-        for name, fn in competitors.items():
-            row: dict[str, Any] = {**dict(zip(names, shape)), "competitor": name}
-            if isinstance(fn, str):
-                rows.append({**row, "skipped": fn})
-                continue
-            try:
-                row["error"] = relative_error(fn(), wanted)
-                row["step"] = asdict(measure(fn, device, rounds=rounds))
-            except Exception as error:
-                if name in ("kernel", "fused attention, a copy each"):
-                    raise
-                rows.append({**row, "skipped": f"{type(error).__name__}: {str(error)[:120]}"})
-                continue
-            row["share of bandwidth"] = cost.memory_bytes / row["step"]["median"] / bandwidth
-            row["share of matrix peak"] = cost.operations / row["step"]["median"] / peak
-            if name == "kernel":
-                again = measure(lambda: make_plan(table, lengths, dtype=dtype, **size), "cpu", rounds=rounds)
-                row["new plan"] = asdict(again)
-            rows.append(row)
+        kernel, *_ = bench.add(
+            dict(zip(("sequences", "shared", "private", "heads", "kv_heads", "dim"), shape)),
+            competitors,
+            lambda name, found: relative_error(found, wanted),
+            bytes_moved=cost.memory_bytes,
+            operations=cost.operations,
+            needed=("kernel", "fused attention, a copy each"),
+            timed="step",
+        )
+        again = measure(lambda: make_plan(table, lengths, dtype=dtype, **size), "cpu", rounds=rounds)
+        kernel["new plan"] = asdict(again)
         copies = wanted = None  # so that the next ones find room
-    return {
-        "environment": environment(device),
-        "copy bandwidth (bytes/s)": bandwidth,
-        "matrix peak (operations/s)": peak,
-        "dtype": str(dtype).removeprefix("torch."),
-        "parity": parity,
-        "rows": rows,
-    }
+    return bench.results()
 
 
 def _exact(q: Tensor, keys: Tensor, values: Tensor, table: Tensor, lengths: Tensor) -> Tensor:

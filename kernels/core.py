@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['HAS_TRITON', 'IMPLEMENTATIONS', 'KERNEL_DTYPES', 'FLOAT_DTYPES', 'TARGETS', 'CARDS', 'MissingKernel', 'jit',
-           'interpreter', 'is_interpreting', 'launch', 'resolve_impl', 'check_tensors', 'aligned_rows',
-           'next_power_of_2', 'relative_error', 'Target', 'compile_report', 'compile_table', 'Configuration',
-           'signature_of', 'compile_configuration', 'source_fingerprint', 'compile_configurations', 'device_target',
-           'processors', 'Card', 'Timing', 'measure', 'copy_bandwidth', 'matrix_peak', 'environment', 'write_results',
-           'read_results']
+           'interpreter', 'is_interpreting', 'launch', 'resolve_impl', 'check_tensors', 'check_discrete',
+           'aligned_rows', 'aligned_whole', 'next_power_of_2', 'max_dim', 'resolve_attention', 'softmax_or_zero',
+           'relative_error', 'Target', 'compile_report', 'compile_table', 'Configuration', 'signature_of',
+           'tile_configuration', 'compile_configuration', 'source_fingerprint', 'compile_configurations',
+           'device_target', 'processors', 'Traffic', 'traffic', 'accessed_bytes', 'Card', 'Timing', 'measure',
+           'copy_bandwidth', 'matrix_peak', 'environment', 'write_results', 'read_results', 'Comparison']
 
 # %% ../nbs/kernels/core.ipynb #d2cdde71
 import contextlib
@@ -26,8 +27,9 @@ import subprocess
 import tempfile
 import time
 import types
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import date
 from typing import Any, NamedTuple
 
@@ -285,7 +287,8 @@ def launch(
         with torch.cuda.device(tensors[0].device) if tensors[0].is_cuda else contextlib.nullcontext():
             kernel[(programs,)](*args, **constants, num_warps=num_warps, num_stages=num_stages)
     elif is_interpreting():
-        with _patched_language():
+        with _patched_language(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's; a card is silent about infinities
             _interpreted(kernel)[(programs,)](*args, **constants)
     else:
         raise RuntimeError(
@@ -375,6 +378,47 @@ def check_tensors(dtypes: Sequence[torch.dtype] = FLOAT_DTYPES, **tensors: Tenso
             )
 
 
+def check_discrete(
+    name: str,
+    x: Tensor,
+    shapes: Sequence[tuple[int, ...]],
+    device: torch.device,
+    *,
+    dtype: torch.dtype | None = None,
+    bounds: tuple[int, int] | None = None,
+) -> None:
+    """Check a tensor of integers or flags: lengths, indices, masks.
+
+    Args:
+        name: the argument's name.
+        x: the tensor.
+        shapes: the shapes that it may have.
+        device: where it must be.
+        dtype: what it must hold; None for integers of any width.
+        bounds: smallest and largest value that is allowed. Checked on the CPU only, as a check would wait for
+            the GPU, and not while PyTorch compiles.
+
+    Raises:
+        TypeError: not a tensor, or a dtype that is not allowed.
+        ValueError: another shape or device, or values out of bounds.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    whole = not (x.dtype.is_floating_point or x.dtype.is_complex or x.dtype == torch.bool)
+    if not (whole if dtype is None else x.dtype == dtype):
+        kind = "integers" if dtype is None else str(dtype).removeprefix("torch.")
+        raise TypeError(f"{name} must be {kind}, got {x.dtype}")
+    if tuple(x.shape) not in shapes or x.device != device:
+        raise ValueError(
+            f"{name} must have the shape {' or '.join(map(str, shapes))} on {device}, got {tuple(x.shape)} "
+            f"on {x.device}"
+        )
+    if bounds and x.device.type == "cpu" and not torch.compiler.is_compiling() and x.numel():
+        low, high = x.aminmax()
+        if low < bounds[0] or high > bounds[1]:
+            raise ValueError(f"{name} must lie in {bounds[0]}..{bounds[1]}, got {int(low)}..{int(high)}")
+
+
 def aligned_rows(x: Tensor, multiple: int = 16) -> Tensor:
     """The tensor itself if a kernel can read its rows in wide pieces, else a copy, padded with zeros.
 
@@ -406,9 +450,72 @@ def aligned_rows(x: Tensor, multiple: int = 16) -> Tensor:
     return copy
 
 
+def aligned_whole(x: Tensor) -> Tensor:
+    """The tensor, contiguous and at an address divisible by 16, which compiled kernels rely on; else a copy.
+
+    For what a kernel reads as one flat array, such as lengths, masks and tables.
+
+    Args:
+        x: any tensor.
+    """
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % 16 else x
+
+
 def next_power_of_2(n: int) -> int:
     """The smallest power of two that is at least `n` (1 for `n` < 1)."""
     return 1 << max(n - 1, 0).bit_length()
+
+# %% ../nbs/kernels/core.ipynb #5e2f90b3
+def max_dim(dtype: torch.dtype) -> int:
+    """Largest D of a kernel of attention.
+
+    The queries' block, in float32 with its TF32 remainders, must fit into registers.
+
+    Args:
+        dtype: dtype of keys and values.
+    """
+    return 128 if dtype == torch.float32 else 256
+
+
+def resolve_attention(impl: str, tensors: Sequence[Tensor], **dims: int) -> str:
+    """Choose between the reference and a kernel of attention: `resolve_impl`, by the length of rows as well.
+
+    Args:
+        impl: "auto" (the kernel for CUDA tensors of a dtype and with rows that it supports, else the
+            reference), "torch" or "triton".
+        tensors: queries, keys and values; the first one's dtype counts.
+        **dims: name, as in the documentation, to the length of rows.
+
+    Returns:
+        "torch" or "triton".
+
+    Raises:
+        ValueError: as `resolve_impl`, and `impl="triton"` with rows that are too long.
+        TypeError: as `resolve_impl`.
+        RuntimeError: as `resolve_impl`.
+    """
+    chosen, dtype, longest = resolve_impl(impl, tensors), tensors[0].dtype, max(dims.values())
+    if chosen == "torch" or longest <= max_dim(dtype):
+        return chosen
+    if impl == "auto":
+        return "torch"
+    raise ValueError(
+        f"impl='triton' takes {' and '.join(dims)} up to {max_dim(dtype)} in {dtype}, got {longest}; use "
+        "impl='torch'"
+    )
+
+
+def softmax_or_zero(scores: Tensor) -> Tensor:
+    """Softmax over the last dimension; zero where all scores are minus infinity.
+
+    Args:
+        scores: any shape, floating point, the last dimension not empty.
+    """
+    top = scores.amax(-1, keepdim=True)
+    weights = torch.exp(scores - torch.where(top == -torch.inf, 0, top))
+    total = weights.sum(-1, keepdim=True)
+    return weights / torch.where(total == 0, 1, total)
 
 # %% ../nbs/kernels/core.ipynb #d52fa03d
 def relative_error(x: Tensor, reference: Tensor) -> float:
@@ -697,6 +804,35 @@ def signature_of(
     return {n: (types or {}).get(n, kind) for n, kind in plain.items()}
 
 
+def tile_configuration(
+    kernel: Any,
+    dtype: torch.dtype,
+    target: str,
+    tile: Mapping[str, Any],
+    labels: Mapping[str, Any],
+    *,
+    types: Mapping[str, torch.dtype | type] | None = None,
+    plain: Sequence[str] = (),
+) -> Configuration:
+    """The configuration of a kernel with one of its tiles.
+
+    Args:
+        kernel: A kernel whose pointers have names that end in `_ptr`.
+        dtype: What pointers point to.
+        target: A name in `TARGETS`.
+        tile: Keywords of `launch`: compile-time arguments, in capitals, `num_warps` and `num_stages`.
+        labels: Further columns of the table.
+        types: Other types of arguments, as `signature_of` takes them.
+        plain: Arguments not known to be divisible by 16; names that the kernel lacks are passed over. All
+            others are: pointers, and widths and strides as `aligned_rows` makes them.
+    """
+    constants = {name: value for name, value in tile.items() if name.isupper()}
+    signature = signature_of(kernel, constants, dtype, types)
+    aligned = tuple(name for name in signature if name not in plain)
+    work = (signature, constants, tile["num_warps"], tile["num_stages"])
+    return Configuration(kernel, dtype, target, *work, aligned, labels)
+
+
 def compile_configuration(configuration: Configuration) -> dict[str, Any]:
     """Compile one configuration and read registers, spills and shared memory.
 
@@ -766,6 +902,77 @@ def processors(device: torch.device, otherwise: int = 1) -> int:
     return (
         torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else otherwise
     )
+
+# %% ../nbs/kernels/core.ipynb #c8d2e674
+class Traffic(NamedTuple):
+    """What interpreted kernels loaded, stored and multiplied, in the order in which they did.
+
+    Attributes:
+        loads: addresses and bytes of an element, a pair for each load; without places that are masked.
+        stores: the same for each store.
+        products: multiplications and additions of each matrix product.
+    """
+
+    loads: list[tuple[np.ndarray, int]]
+    stores: list[tuple[np.ndarray, int]]
+    products: list[int]
+
+
+@contextlib.contextmanager
+def traffic() -> Iterator[Traffic]:
+    """Count what kernels do in the interpreter: `with traffic() as (loads, stores, products)`.
+
+    Not thread-safe, as the interpreter is not.
+    """
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    found = Traffic([], [], [])
+    names = ("create_masked_load", "create_masked_store", "create_dot")
+    load, store, dot = plain = [getattr(InterpreterBuilder, name) for name in names]
+
+    def touched(pointers: Any, mask: Any) -> np.ndarray:
+        return pointers.data[mask.data.astype(bool)].ravel()
+
+    def counted_load(builder: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        loaded = load(builder, pointers, mask, *rest)
+        found.loads.append((touched(pointers, mask), loaded.data.itemsize))
+        return loaded
+
+    def counted_store(builder: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        found.stores.append((touched(pointers, mask), value.data.itemsize))
+        return store(builder, pointers, value, mask, *rest)
+
+    def counted_dot(builder: Any, a: Any, b: Any, *rest: Any) -> Any:
+        found.products.append(2 * a.data.size * b.data.shape[-1])
+        return dot(builder, a, b, *rest)
+
+    try:
+        for name, counted in zip(names, (counted_load, counted_store, counted_dot)):
+            setattr(InterpreterBuilder, name, counted)
+        yield found
+    finally:
+        for name, old in zip(names, plain):
+            setattr(InterpreterBuilder, name, old)
+
+
+def accessed_bytes(
+    accesses: Sequence[tuple[np.ndarray, int]], x: Tensor | None = None, *, once: bool = False
+) -> int:
+    """Bytes of accesses that `traffic` noted.
+
+    Args:
+        accesses: `loads` or `stores`, or a part or a sum of them.
+        x: count only what lies in this tensor, which must be contiguous; None for everything.
+        once: count each address once, not each time.
+    """
+    first, size = (0, 0) if x is None else (x.data_ptr(), x.nbytes)
+    inside = [(at if x is None else at[(at >= first) & (at < first + size)], width) for at, width in accesses]
+    if not once:
+        return sum(len(at) * width for at, width in inside)
+    touched: dict[int, int] = {}
+    for at, width in inside:
+        touched |= dict.fromkeys(at.tolist(), width)
+    return sum(touched.values())
 
 # %% ../nbs/kernels/core.ipynb #c09b9c39
 @dataclass(frozen=True)
@@ -927,3 +1134,85 @@ def read_results(path: str | os.PathLike[str]) -> dict[str, Any] | None:
         return None
     with open(path, encoding="utf-8") as file:
         return json.load(file)
+
+
+class Comparison:
+    """A kernel's benchmark: it and its competitors on one device, beside the ceilings of the device.
+
+    Args:
+        device: where to measure.
+        dtype: of what is timed.
+        rounds: timed rounds each.
+        peak_size: size of the square product that measures the matrix peak.
+
+    Attributes:
+        device: the device.
+        parity: errors against float64 by dtype, to be filled.
+        rows: a row for each call and competitor.
+    """
+
+    def __init__(
+        self, device: str | torch.device, dtype: torch.dtype, *, rounds: int = 20, peak_size: int = 8192
+    ) -> None:
+        self.device, self.dtype, self.rounds = torch.device(device), dtype, rounds
+        self.bandwidth = copy_bandwidth(self.device, 1024 if self.device.type == "cuda" else 16)
+        self.peak = matrix_peak(self.device, dtype, peak_size)
+        self.parity: dict[str, float] = {}
+        self.rows: list[dict[str, Any]] = []
+
+    def add(
+        self,
+        labels: Mapping[str, Any],
+        competitors: Mapping[str, Callable[[], Any] | str],
+        error: Callable[[str, Any], float | None],
+        *,
+        bytes_moved: float,
+        operations: float,
+        needed: Sequence[str] = ("kernel",),
+        timed: str = "pass",
+    ) -> list[dict[str, Any]]:
+        """Time all competitors on one problem.
+
+        Args:
+            labels: what is the same in all rows, such as sizes.
+            competitors: name to a function without arguments, or to the reason why there is none.
+            error: from a competitor's name and its result, the result's error; None where it computes
+                something else.
+            bytes_moved: bytes that nobody can save.
+            operations: operations that nobody can save.
+            needed: competitors that must run. Others that raise become rows with the reason.
+            timed: the column of seconds.
+
+        Returns:
+            The new rows, which are at the end of `rows` as well.
+        """
+        made = []
+        for name, fn in competitors.items():
+            row: dict[str, Any] = {**labels, "competitor": name}
+            made.append(row)
+            if isinstance(fn, str):
+                row["skipped"] = fn
+                continue
+            try:
+                row["error"] = error(name, fn())
+                row[timed] = asdict(measure(fn, self.device, rounds=self.rounds))
+            except Exception as problem:  # a peer that does not run on this card is a row, not the end
+                if name in needed:
+                    raise
+                row["skipped"] = f"{type(problem).__name__}: {str(problem)[:120]}"
+                continue
+            row["share of bandwidth"] = bytes_moved / row[timed]["median"] / self.bandwidth
+            row["share of matrix peak"] = operations / row[timed]["median"] / self.peak
+        self.rows += made
+        return made
+
+    def results(self) -> dict[str, Any]:
+        """Environment, ceilings, dtype, parity and rows, ready for `write_results`."""
+        return {
+            "environment": environment(self.device),
+            "copy bandwidth (bytes/s)": self.bandwidth,
+            "matrix peak (operations/s)": self.peak,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "parity": self.parity,
+            "rows": self.rows,
+        }

@@ -6,13 +6,12 @@
 __all__ = ['PROGRAMS', 'LEAST', 'IN_FLIGHT', 'START', 'WAYS', 'TURN_TOKENS', 'rotary_table', 'table_rows',
            'lambda_flash_attention_reference', 'Cut', 'block_rows', 'choose_cut', 'Cost', 'lambda_cost', 'turn',
            'absorb', 'load_turned', 'load_halves', 'scores_of', 'turn_kernel', 'lambda_attention_kernel', 'turn_tile',
-           'merge_tile', 'tile_of', 'lambda_flash_attention_gradient', 'lambda_flash_attention', 'configurations',
-           'fingerprint', 'compile_all', 'benchmark']
+           'tile_of', 'lambda_flash_attention_gradient', 'lambda_flash_attention', 'configurations', 'fingerprint',
+           'compile_all', 'benchmark']
 
 # %% ../nbs/kernels/lambda_flash_attention.ipynb #70db35e6
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import torch
@@ -22,26 +21,28 @@ from paperbench.kernels.core import (
     FLOAT_DTYPES,
     KERNEL_DTYPES,
     TARGETS,
+    Comparison,
     Configuration,
     aligned_rows,
+    aligned_whole,
+    check_discrete,
     check_tensors,
     compile_configurations,
-    copy_bandwidth,
     device_target,
-    environment,
     jit,
     launch,
-    matrix_peak,
-    measure,
+    max_dim,
     next_power_of_2,
     processors,
     relative_error,
+    resolve_attention,
     resolve_impl,
-    signature_of,
+    softmax_or_zero,
     source_fingerprint,
+    tile_configuration,
     tl,
 )
-from .tree_attention import MERGE_PARTS, max_dim, merge_kernel
+from .tree_attention import MERGE_PARTS, merge_kernel, merge_tile
 
 # %% ../nbs/kernels/lambda_flash_attention.ipynb #411bd507
 def rotary_table(
@@ -171,10 +172,7 @@ def lambda_flash_attention_reference(
         distance = place[:, :, None] - at[:, None]
         scores = torch.where((distance > ceiling)[:, None], far, scores)
     scores = (scores * (dim**-0.5 if scale is None else scale)).masked_fill(~seen[:, None], -torch.inf)
-    top = scores.amax(-1, keepdim=True)
-    weights = torch.exp(scores - torch.where(top == -torch.inf, 0, top))
-    total = weights.sum(-1, keepdim=True)
-    return (weights / torch.where(total == 0, 1, total) @ v).to(q.dtype)
+    return (softmax_or_zero(scores) @ v).to(q.dtype)
 
 # %% ../nbs/kernels/lambda_flash_attention.ipynb #42e38259
 PROGRAMS = 4  # per multiprocessor
@@ -579,11 +577,6 @@ def turn_tile(dim: int) -> dict[str, Any]:
     return dict(TOKENS=TURN_TOKENS, HALF=half, num_warps=4, num_stages=1)
 
 
-def merge_tile(dim: int) -> dict[str, Any]:
-    """Tiles, warps and stages of the kernel that merges segments."""
-    return dict(PARTS=MERGE_PARTS, WIDTH=max(64, next_power_of_2(dim)), num_warps=2, num_stages=1)
-
-
 def tile_of(dim: int, dtype: torch.dtype, cut: Cut, target: str) -> dict[str, Any]:
     """Tiles, warps and stages of the attention kernel.
 
@@ -613,12 +606,6 @@ def _halves(x: Tensor) -> Tensor:
     return torch.stack([aligned_rows(part.contiguous()) for part in x.chunk(2, -1)], -2).flatten(3)
 
 
-def _aligned(x: Tensor) -> Tensor:
-    """The tensor, contiguous and at an address divisible by 16, which the compiled kernels rely on."""
-    x = x.contiguous()
-    return x.clone() if x.data_ptr() % 16 else x
-
-
 @torch.library.custom_op("paperbench::lambda_flash_attention", mutates_args=())
 def _operator(
     q: Tensor,
@@ -642,13 +629,13 @@ def _operator(
     q, k = _halves(q), _halves(k)
     v = aligned_rows(v, 16 if dim % 32 == 0 else 32)
     width = q.shape[3]
-    table = _aligned(table)
+    table = aligned_whole(table)
     out = q.new_empty((batch, heads, queries, width))
     shape = (batch, cut.splits, heads, queries) if cut.splits > 1 else (0, 1, 1, 1)
     part, log = q.new_empty((*shape, width), dtype=torch.float32), q.new_empty(shape, dtype=torch.float32)
     ends = torch.full((batch,), slots, device=q.device) if lengths is None else lengths
-    ends = _aligned(ends.clamp(0, slots).to(torch.int32))
-    holes = torch.zeros_like(ends) if gap is None else _aligned(gap.to(torch.int32))
+    ends = aligned_whole(ends.clamp(0, slots).to(torch.int32))
+    holes = torch.zeros_like(ends) if gap is None else aligned_whole(gap.to(torch.int32))
     turned = k
     half, span = width // 2, window + queries - 1
     if cut.beforehand:
@@ -902,32 +889,15 @@ def lambda_flash_attention(
         raise ValueError(
             f"q must have at most as many tokens as k without lengths, got {queries} and {slots}"
         )
-    for name, x, low, high in (("lengths", lengths, 0, slots), ("gap", gap, 0, 2**31 - 1 - slots)):
-        if x is None:
-            continue
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-        if x.dtype.is_floating_point or x.dtype.is_complex or x.dtype == torch.bool:
-            raise TypeError(f"{name} must be integers, got {x.dtype}")
-        if tuple(x.shape) != (batch,) or x.device != q.device:
-            raise ValueError(
-                f"{name} must have the shape {(batch,)} on {q.device}, got {tuple(x.shape)} on {x.device}"
-            )
-        if x.device.type == "cpu" and not torch.compiler.is_compiling() and batch:
-            least, most = x.aminmax()
-            if least < low or most > high:
-                raise ValueError(f"{name} must lie in {low}..{high}, got {int(least)}..{int(most)}")
+    for name, x, high in (("lengths", lengths, slots), ("gap", gap, 2**31 - 1 - slots)):
+        if x is not None:
+            check_discrete(name, x, [(batch,)], q.device, bounds=(0, high))
     scale = dim**-0.5 if scale is None else float(scale)
-    too_wide = dim > max_dim(q.dtype)
-    if resolve_impl(impl, (q, k, v)) == "torch" or (impl == "auto" and too_wide):
+    if resolve_attention(impl, (q, k, v), D=dim) == "torch":
         options = dict(
             gap=gap, n_start=n_start, window=window, max_distance=max_distance, base=base, scale=scale
         )
         return lambda_flash_attention_reference(q, k, v, lengths, **options)
-    if too_wide:
-        raise ValueError(
-            f"impl='triton' takes D up to {max_dim(q.dtype)} in {q.dtype}, got {dim}; use impl='torch'"
-        )
     # neither more slots nor, without a gap, larger distances than there are
     n_start, window = min(n_start, slots), max(1, min(window, slots))
     ceiling = int(min(limit, slots) if gap is None else limit)
@@ -959,21 +929,9 @@ _PLAIN = (
 )  # not known to be divisible by 16
 
 
-def _configuration(
-    kernel: Any, dtype: torch.dtype, target: str, tile: dict[str, Any], labels: dict[str, Any]
-) -> Configuration:
-    """A configuration whose width and strides are multiples of 16."""
-    constants = {name: value for name, value in tile.items() if name.isupper()}
-    signature = signature_of(kernel, constants, dtype, _TYPES)
-    aligned = tuple(name for name in signature if name not in _PLAIN)
-    return Configuration(
-        kernel, dtype, target, signature, constants, tile["num_warps"], tile["num_stages"], aligned, labels
-    )
-
-
 def configurations(targets: Sequence[str] = tuple(TARGETS)) -> list[Configuration]:
     """Every compilation that `lambda_flash_attention` may ask for on these targets."""
-    made = []
+    made, options = [], dict(types=_TYPES, plain=_PLAIN)
     for target in targets:
         for dtype in KERNEL_DTYPES:
             for width in (64, 128, 256):
@@ -983,10 +941,11 @@ def configurations(targets: Sequence[str] = tuple(TARGETS)) -> list[Configuratio
                     rows = block_rows(width, dtype) if beforehand else 16
                     tile = tile_of(width, dtype, Cut(rows, 1, 64, 1, beforehand), target)
                     labels = {"D": width, "rows": rows, "turned": "beforehand" if beforehand else "in flight"}
-                    made.append(_configuration(lambda_attention_kernel, dtype, target, tile, labels))
+                    work = (lambda_attention_kernel, dtype, target, tile, labels)
+                    made.append(tile_configuration(*work, **options))
                 labels = {"D": width, "rows": None, "turned": None}
-                made.append(_configuration(turn_kernel, dtype, target, turn_tile(width), labels))
-                made.append(_configuration(merge_kernel, dtype, target, merge_tile(width), labels))
+                for kernel, tile in ((turn_kernel, turn_tile(width)), (merge_kernel, merge_tile(width))):
+                    made.append(tile_configuration(kernel, dtype, target, tile, labels, **options))
     return made
 
 
@@ -1070,10 +1029,8 @@ def benchmark(
         competitor: seconds, relative error (None for those that compute something else), and the shares of bandwidth and matrix
         peak that the bytes and operations of `lambda_cost` make, partial results not counted.
     """
-    device = torch.device(device)
-    bandwidth = copy_bandwidth(device, 1024 if device.type == "cuda" else 16)
-    peak = matrix_peak(device, dtype, peak_size)
-    rows, parity = [], {}
+    bench = Comparison(device, dtype, rounds=rounds, peak_size=peak_size)
+    device = bench.device
     options = dict(n_start=n_start, window=window)
     fused = torch.nn.functional.scaled_dot_product_attention
     compiled_reference = torch.compile(lambda_flash_attention_reference) if compiled else None
@@ -1101,7 +1058,7 @@ def benchmark(
             for kind in KERNEL_DTYPES:
                 cast = [x.to(kind) for x in (q, k, v)]
                 found = lambda_flash_attention(*cast, **options)[:4, :, -256:]
-                parity[str(kind).removeprefix("torch.")] = relative_error(found, exactly(*cast))
+                bench.parity[str(kind).removeprefix("torch.")] = relative_error(found, exactly(*cast))
         place = torch.arange(slots, device=device)[None]
         rotated = [
             _turn(x.float(), at, 10_000.0).to(dtype)
@@ -1131,31 +1088,12 @@ def benchmark(
         cost = lambda_cost(
             "lambda", queries, [slots] * batch, heads, kv_heads, -(-dim // 32) * 32, dtype.itemsize, **options
         )
-        for name, fn in competitors.items():
-            row: dict[str, Any] = {
-                **dict(zip(("rows", "queries", "slots", "heads", "kv_heads", "dim"), shape)),
-                "competitor": name,
-            }
-            if isinstance(fn, str):
-                rows.append({**row, "skipped": fn})
-                continue
-            try:
-                same = name in ("kernel", "PyTorch, reference", "torch.compile")
-                row["error"] = relative_error(fn()[:4, :, -256:], wanted) if same else None
-                row["pass"] = asdict(measure(fn, device, rounds=rounds))
-            except Exception as error:
-                if name == "kernel":
-                    raise
-                rows.append({**row, "skipped": f"{type(error).__name__}: {str(error)[:120]}"})
-                continue
-            row["share of bandwidth"] = cost.memory_bytes / row["pass"]["median"] / bandwidth
-            row["share of matrix peak"] = cost.operations / row["pass"]["median"] / peak
-            rows.append(row)
-    return {
-        "environment": environment(device),
-        "copy bandwidth (bytes/s)": bandwidth,
-        "matrix peak (operations/s)": peak,
-        "dtype": str(dtype).removeprefix("torch."),
-        "parity": parity,
-        "rows": rows,
-    }
+        same = ("kernel", "PyTorch, reference", "torch.compile")
+        bench.add(
+            dict(zip(("rows", "queries", "slots", "heads", "kv_heads", "dim"), shape)),
+            competitors,
+            lambda name, found: relative_error(found[:4, :, -256:], wanted) if name in same else None,
+            bytes_moved=cost.memory_bytes,
+            operations=cost.operations,
+        )
+    return bench.results()

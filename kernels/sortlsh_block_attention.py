@@ -10,7 +10,6 @@ __all__ = ['PROGRAMS', 'WAYS', 'SortedBlocks', 'sortlsh_block_attention_referenc
 # %% ../nbs/kernels/sortlsh_block_attention.ipynb #927a9d55
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -20,27 +19,27 @@ from paperbench.kernels.core import (
     FLOAT_DTYPES,
     KERNEL_DTYPES,
     TARGETS,
+    Comparison,
     Configuration,
     aligned_rows,
+    aligned_whole,
+    check_discrete,
     check_tensors,
     compile_configurations,
-    copy_bandwidth,
     device_target,
-    environment,
     jit,
     launch,
-    matrix_peak,
-    measure,
+    max_dim,
     next_power_of_2,
     processors,
     relative_error,
+    resolve_attention,
     resolve_impl,
-    signature_of,
     source_fingerprint,
+    tile_configuration,
     tl,
 )
 from .lambda_flash_attention import absorb
-from .tree_attention import max_dim
 
 # %% ../nbs/kernels/sortlsh_block_attention.ipynb #878996d3
 class SortedBlocks(Protocol):
@@ -477,12 +476,6 @@ def sortlsh_kernel(
     tl.store(out_ptr + (to * value_dim)[:, None] + col, out, mask=inside[:, None] & (col < value_dim))
 
 # %% ../nbs/kernels/sortlsh_block_attention.ipynb #b632c95f
-def _aligned(x: Tensor) -> Tensor:
-    """The tensor, contiguous and at an address divisible by 16, which the compiled kernels rely on."""
-    x = x.contiguous()
-    return x.clone() if x.data_ptr() % 16 else x
-
-
 @torch.library.custom_op("paperbench::sortlsh_block_attention", mutates_args=())
 def _operator(
     q: Tensor,
@@ -514,7 +507,7 @@ def _operator(
     launch(
         sortlsh_kernel,
         batch * heads * tiles,
-        *(q, k, v, *(_aligned(x) for x in indices), _aligned(log_factor.float()), out, lse),
+        *(q, k, v, *(aligned_whole(x) for x in indices), aligned_whole(log_factor.float()), out, lse),
         scale * 1.4426950408889634,
         *(stride for x in (q, k, v) for stride in x.stride()[:3]),
         *(dim, value_dim, queries, keys, samples, size, heads, heads // k.shape[1], tiles),
@@ -662,18 +655,7 @@ def _check_indices(blocks: SortedBlocks, chosen: Tensor | None, q: Tensor, k: Te
         drawn = chosen.shape[2] if isinstance(chosen, Tensor) and chosen.ndim == 3 else "m"
         wanted.append(("chosen", chosen, (batch, kv_heads, drawn), keys - 1))
     for name, x, shape, high in wanted:
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-        if x.dtype != torch.int64:
-            raise TypeError(f"{name} must be int64, got {x.dtype}")
-        if tuple(x.shape) != shape or x.device != q.device:
-            raise ValueError(
-                f"{name} must have the shape {shape} on {q.device}, got {tuple(x.shape)} on {x.device}"
-            )
-        if x.device.type == "cpu" and not torch.compiler.is_compiling() and x.numel():
-            low, most = x.aminmax()
-            if low < 0 or most > high:
-                raise ValueError(f"{name} must lie in 0..{high}, got {int(low)}..{int(most)}")
+        check_discrete(name, x, [shape], q.device, dtype=torch.int64, bounds=(0, high))
 
 
 def sortlsh_block_attention(
@@ -748,13 +730,8 @@ def sortlsh_block_attention(
             f"{tuple(log_factor.shape)} on {log_factor.device}"
         )
     scale = dim**-0.5 if scale is None else float(scale)
-    wide, most = max(dim, v.shape[3]), max_dim(q.dtype)
-    if resolve_impl(impl, (q, k, v)) == "torch" or (impl == "auto" and wide > most):
+    if resolve_attention(impl, (q, k, v), D=dim, E=v.shape[3]) == "torch":
         return sortlsh_block_attention_reference(q, k, v, blocks, chosen, log_factor.detach(), scale=scale)
-    if wide > most:
-        raise ValueError(
-            f"impl='triton' takes D and E up to {most} in {q.dtype}, got {wide}; use impl='torch'"
-        )
     options = (blocks.size, blocks.equal, scale, 0)
     out, lse = _operator(q, k, v, *_orders(blocks), chosen, log_factor.detach(), *options)
     return out[..., : v.shape[3]], lse
@@ -780,7 +757,7 @@ _PLAIN = (
 
 def configurations(targets: Sequence[str] = tuple(TARGETS)) -> list[Configuration]:
     """Every compilation that `sortlsh_block_attention` may ask for on these targets."""
-    made = []
+    made, options = [], dict(types=_TYPES, plain=_PLAIN)
     for target in targets:
         for dtype in KERNEL_DTYPES:
             for width in (64, 128, 256):
@@ -788,19 +765,8 @@ def configurations(targets: Sequence[str] = tuple(TARGETS)) -> list[Configuratio
                     continue
                 for rows in sorted(set(rows_of(width, dtype))):
                     tile = tile_of(width, dtype, rows, target)
-                    constants = {name: value for name, value in tile.items() if name.isupper()}
-                    signature = signature_of(sortlsh_kernel, constants, dtype, _TYPES)
-                    aligned = tuple(name for name in signature if name not in _PLAIN)
-                    work = (
-                        sortlsh_kernel,
-                        dtype,
-                        target,
-                        signature,
-                        constants,
-                        tile["num_warps"],
-                        tile["num_stages"],
-                    )
-                    made.append(Configuration(*work, aligned, {"D": width, "rows": rows}))
+                    work = (sortlsh_kernel, dtype, target, tile, {"D": width, "rows": rows})
+                    made.append(tile_configuration(*work, **options))
     return made
 
 
@@ -927,10 +893,8 @@ def benchmark(
         competitor: seconds, relative error (None for those that compute something else), and the shares of bandwidth and matrix
         peak that the bytes and issued operations of `sortlsh_cost` make.
     """
-    device = torch.device(device)
-    bandwidth = copy_bandwidth(device, 1024 if device.type == "cuda" else 16)
-    peak = matrix_peak(device, dtype, peak_size)
-    rows, parity = [], {}
+    bench = Comparison(device, dtype, rounds=rounds, peak_size=peak_size)
+    device = bench.device
     fused = torch.nn.functional.scaled_dot_product_attention
     reference = sortlsh_block_attention_reference
     compiled_reference = torch.compile(reference) if compiled else None
@@ -959,7 +923,7 @@ def benchmark(
             for kind in KERNEL_DTYPES:
                 cast = [x.to(kind) for x in (q, k, v)]
                 found = sortlsh_block_attention(*cast, *drawn)[0][:1, :some]
-                parity[str(kind).removeprefix("torch.")] = relative_error(found, exactly(*cast, *drawn))
+                bench.parity[str(kind).removeprefix("torch.")] = relative_error(found, exactly(*cast, *drawn))
         competitors: dict[str, Any] = {
             "kernel": lambda: sortlsh_block_attention(q, k, v, *drawn)[0],
             "PyTorch, reference": lambda: reference(q, k, v, *drawn)[0],
@@ -975,31 +939,12 @@ def benchmark(
             "fused", tokens, tokens, heads, kv_heads, -(-dim // 16) * 16, dtype.itemsize,
             block=block, samples=samples, batch=batch, tile=tile,
         )  # fmt: skip
-        for name, fn in competitors.items():
-            row: dict[str, Any] = {
-                **dict(zip(("rows", "tokens", "heads", "kv_heads", "dim"), shape)),
-                "competitor": name,
-            }
-            if isinstance(fn, str):
-                rows.append({**row, "skipped": fn})
-                continue
-            try:
-                same = name not in ("fused attention, all keys", "hash, sort and draw")
-                row["error"] = relative_error(fn()[:1, :some], wanted) if same else None
-                row["pass"] = asdict(measure(fn, device, rounds=rounds))
-            except Exception as error:
-                if name == "kernel":
-                    raise
-                rows.append({**row, "skipped": f"{type(error).__name__}: {str(error)[:120]}"})
-                continue
-            row["share of bandwidth"] = cost.memory_bytes / row["pass"]["median"] / bandwidth
-            row["share of matrix peak"] = cost.issued / row["pass"]["median"] / peak
-            rows.append(row)
-    return {
-        "environment": environment(device),
-        "copy bandwidth (bytes/s)": bandwidth,
-        "matrix peak (operations/s)": peak,
-        "dtype": str(dtype).removeprefix("torch."),
-        "parity": parity,
-        "rows": rows,
-    }
+        others = ("fused attention, all keys", "hash, sort and draw")
+        bench.add(
+            dict(zip(("rows", "tokens", "heads", "kv_heads", "dim"), shape)),
+            competitors,
+            lambda name, y: None if name in others else relative_error(y[:1, :some], wanted),
+            bytes_moved=cost.memory_bytes,
+            operations=cost.issued,
+        )
+    return bench.results()

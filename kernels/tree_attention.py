@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['PROGRAMS', 'LEAST', 'WAYS', 'MERGE_PARTS', 'seen_tokens', 'tree_attention_reference', 'Cut', 'choose_cut', 'Cost',
-           'tree_cost', 'softmax_step', 'tree_attention_kernel', 'merge_kernel', 'max_dim', 'tile_of',
+           'tree_cost', 'softmax_step', 'tree_attention_kernel', 'merge_kernel', 'tile_of', 'merge_tile',
            'tree_attention_gradient', 'tree_attention', 'configurations', 'fingerprint', 'compile_all', 'ternary_tree',
            'benchmark']
 
 # %% ../nbs/kernels/tree_attention.ipynb #dd959a1c
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import torch
@@ -20,23 +19,25 @@ from paperbench.kernels.core import (
     FLOAT_DTYPES,
     KERNEL_DTYPES,
     TARGETS,
+    Comparison,
     Configuration,
     aligned_rows,
+    aligned_whole,
+    check_discrete,
     check_tensors,
     compile_configurations,
-    copy_bandwidth,
     device_target,
-    environment,
     jit,
     launch,
-    matrix_peak,
-    measure,
+    max_dim,
     next_power_of_2,
     processors,
     relative_error,
+    resolve_attention,
     resolve_impl,
-    signature_of,
+    softmax_or_zero,
     source_fingerprint,
+    tile_configuration,
     tl,
 )
 
@@ -63,11 +64,7 @@ def seen_tokens(mask: Tensor, lengths: Tensor | None, valid: Tensor | None, batc
 
 def _weights(q: Tensor, k: Tensor, seen: Tensor, scale: float) -> Tensor:
     """Softmax over what is seen, (B, H_kv, G, N, T), of grouped queries and all keys; zero where nothing is."""
-    scores = (q @ k.mT[:, :, None] * scale).masked_fill(~seen[:, None, None], -torch.inf)
-    top = scores.amax(-1, keepdim=True)
-    weights = torch.exp(scores - torch.where(top == -torch.inf, 0, top))
-    total = weights.sum(-1, keepdim=True)
-    return weights / torch.where(total == 0, 1, total)
+    return softmax_or_zero((q @ k.mT[:, :, None] * scale).masked_fill(~seen[:, None, None], -torch.inf))
 
 
 def _joined(prefix: Tensor, nodes: Tensor, seen: Tensor, dtype: torch.dtype) -> Tensor:
@@ -446,15 +443,6 @@ def merge_kernel(
 MERGE_PARTS = 8
 
 
-def max_dim(dtype: torch.dtype) -> int:
-    """Largest D of the kernel: the queries' block, in float32 with its TF32 remainders, must fit into registers.
-
-    Args:
-        dtype: dtype of keys and values.
-    """
-    return 128 if dtype == torch.float32 else 256
-
-
 def tile_of(dim: int, dtype: torch.dtype, rows: int, target: str) -> dict[str, Any]:
     """Tiles, warps and stages of the kernel.
 
@@ -477,10 +465,13 @@ def tile_of(dim: int, dtype: torch.dtype, rows: int, target: str) -> dict[str, A
     return dict(ROWS=rows, TOKENS=tokens, WIDTH=width, PRECISION=precision, num_warps=warps, num_stages=3)
 
 
-def _aligned(x: Tensor) -> Tensor:
-    """The tensor, contiguous and at an address divisible by 16, which the compiled kernels rely on."""
-    x = x.contiguous()
-    return x.clone() if x.data_ptr() % 16 else x
+def merge_tile(dim: int) -> dict[str, Any]:
+    """Tiles, warps and stages of the kernel that merges segments.
+
+    Args:
+        dim: numbers of a key.
+    """
+    return dict(PARTS=MERGE_PARTS, WIDTH=max(64, next_power_of_2(dim)), num_warps=2, num_stages=1)
 
 
 @torch.library.custom_op("paperbench::tree_attention", mutates_args=())
@@ -508,9 +499,9 @@ def _operator(
     shape = (batch, cut.splits, heads, nodes) if cut.splits > 1 else (0, 1, 1, 1)
     part, log = q.new_empty((*shape, dim), dtype=torch.float32), q.new_empty(shape, dtype=torch.float32)
     ends = torch.full((batch,), slots, device=q.device) if lengths is None else lengths
-    ends = _aligned(ends.to(torch.int32))
-    pairs = _aligned(mask).view(torch.int8)
-    used = pairs if valid is None else _aligned(valid).view(torch.int8)
+    ends = aligned_whole(ends.to(torch.int32))
+    pairs = aligned_whole(mask).view(torch.int8)
+    used = pairs if valid is None else aligned_whole(valid).view(torch.int8)
     strides = [stride for x in tensors for stride in x.stride()[:3]]
     sizes = (dim, 0 if mask.ndim == 2 else nodes * nodes, slots, slots, kv_heads, group, nodes, cut.blocks)
     launch(
@@ -532,9 +523,8 @@ def _operator(
         **tile_of(dim, q.dtype, cut.rows, device_target(q.device)),
     )
     if cut.splits > 1:
-        merge = dict(PARTS=MERGE_PARTS, WIDTH=max(64, next_power_of_2(dim)), num_warps=2, num_stages=1)
         work = (part, log, ends, out, dim, heads * nodes, slots, cut.splits, cut.segment)
-        launch(merge_kernel, batch * heads * nodes, *work, **merge)
+        launch(merge_kernel, batch * heads * nodes, *work, **merge_tile(dim))
     return out
 
 
@@ -688,34 +678,14 @@ def tree_attention(
         raise ValueError(
             f"node_k and node_v must have the shape {wanted}, got {tuple(node_k.shape)} and {tuple(node_v.shape)}"
         )
-    for name, x, shapes in (
-        ("mask", mask, [(nodes, nodes), (batch, nodes, nodes)]),
-        ("lengths", lengths, [(batch,)]),
-        ("valid", valid, [(batch, slots)]),
-    ):
-        if x is None and name != "mask":
-            continue
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-        whole = not (x.dtype.is_floating_point or x.dtype.is_complex or x.dtype == torch.bool)
-        if not (whole if name == "lengths" else x.dtype == torch.bool):
-            raise TypeError(f"{name} must be {'integers' if name == 'lengths' else 'bool'}, got {x.dtype}")
-        if tuple(x.shape) not in shapes or x.device != q.device:
-            raise ValueError(
-                f"{name} must have the shape {' or '.join(map(str, shapes))} on {q.device}, got {tuple(x.shape)} on {x.device}"
-            )
-    if lengths is not None and lengths.device.type == "cpu" and not torch.compiler.is_compiling() and batch:
-        low, high = lengths.aminmax()
-        if low < 0 or high > slots:
-            raise ValueError(f"lengths must lie in 0..{slots}, got {int(low)}..{int(high)}")
+    check_discrete("mask", mask, [(nodes, nodes), (batch, nodes, nodes)], q.device, dtype=torch.bool)
+    if lengths is not None:
+        check_discrete("lengths", lengths, [(batch,)], q.device, bounds=(0, slots))
+    if valid is not None:
+        check_discrete("valid", valid, [(batch, slots)], q.device, dtype=torch.bool)
     scale = dim**-0.5 if scale is None else float(scale)
-    too_wide = dim > max_dim(q.dtype)
-    if resolve_impl(impl, tuple(inputs.values())) == "torch" or (impl == "auto" and too_wide):
+    if resolve_attention(impl, tuple(inputs.values()), D=dim) == "torch":
         return tree_attention_reference(*inputs.values(), mask, lengths, valid=valid, scale=scale)
-    if too_wide:
-        raise ValueError(
-            f"impl='triton' takes D up to {max_dim(q.dtype)} in {q.dtype}, got {dim}; use impl='torch'"
-        )
     return _operator(*inputs.values(), mask, lengths, valid, scale, 0)[..., :dim]
 
 # %% ../nbs/kernels/tree_attention.ipynb #5facc552
@@ -731,21 +701,9 @@ _PLAIN = (
 )  # not known to be divisible by 16
 
 
-def _configuration(
-    kernel: Any, dtype: torch.dtype, target: str, tile: dict[str, Any], labels: dict[str, Any]
-) -> Configuration:
-    """A configuration whose width and strides are multiples of 16, as `aligned_rows` makes them."""
-    constants = {name: value for name, value in tile.items() if name.isupper()}
-    signature = signature_of(kernel, constants, dtype, _TYPES)
-    aligned = tuple(name for name in signature if name not in _PLAIN)
-    return Configuration(
-        kernel, dtype, target, signature, constants, tile["num_warps"], tile["num_stages"], aligned, labels
-    )
-
-
 def configurations(targets: Sequence[str] = tuple(TARGETS)) -> list[Configuration]:
     """Every compilation that `tree_attention` may ask for on these targets."""
-    made = []
+    made, options = [], dict(types=_TYPES, plain=_PLAIN)
     for target in targets:
         for dtype in KERNEL_DTYPES:
             for width in (64, 128, 256):
@@ -753,17 +711,17 @@ def configurations(targets: Sequence[str] = tuple(TARGETS)) -> list[Configuratio
                     for rows in (16,) if dtype == torch.float32 else (16, 64):
                         tile = tile_of(width, dtype, rows, target)
                         labels = {"D": width, "rows": rows}
-                        made.append(_configuration(tree_attention_kernel, dtype, target, tile, labels))
-                    merge = dict(PARTS=MERGE_PARTS, WIDTH=width, num_warps=2, num_stages=1)
-                    labels = {"D": width, "rows": None}
-                    made.append(_configuration(merge_kernel, dtype, target, merge, labels))
+                        work = (tree_attention_kernel, dtype, target, tile, labels)
+                        made.append(tile_configuration(*work, **options))
+                    work = (merge_kernel, dtype, target, merge_tile(width), {"D": width, "rows": None})
+                    made.append(tile_configuration(*work, **options))
     return made
 
 
 def fingerprint() -> str:
     """Hash of the kernels' source and tiles; with equal Triton versions, equal hashes mean equal programs."""
     return source_fingerprint(
-        (softmax_step, tree_attention_kernel, merge_kernel, tile_of, max_dim), MERGE_PARTS
+        (softmax_step, tree_attention_kernel, merge_kernel, tile_of, merge_tile, max_dim), MERGE_PARTS
     )
 
 
@@ -870,10 +828,8 @@ def benchmark(
         competitor: seconds, relative error, and the shares of bandwidth and matrix peak that the bytes and operations of the tree
         make, partial results not counted.
     """
-    device = torch.device(device)
-    bandwidth = copy_bandwidth(device, 1024 if device.type == "cuda" else 16)
-    peak = matrix_peak(device, dtype, peak_size)
-    rows, parity = [], {}
+    bench = Comparison(device, dtype, rounds=rounds, peak_size=peak_size)
+    device = bench.device
     fused = torch.nn.functional.scaled_dot_product_attention
     for shape in shapes:
         batch, nodes, slots, heads, kv_heads, dim, is_ragged = shape
@@ -901,7 +857,7 @@ def benchmark(
             for kind in KERNEL_DTYPES:
                 cast = [x.to(kind) for x in inputs]
                 found = tree_attention(*cast, mask, lengths)
-                parity[str(kind).removeprefix("torch.")] = relative_error(found, exactly(cast))
+                bench.parity[str(kind).removeprefix("torch.")] = relative_error(found, exactly(cast))
         seen = seen_tokens(mask, lengths, None, batch, slots)
         q, k, v = inputs[0], torch.cat(inputs[1::2], 2), torch.cat(inputs[2::2], 2)
         leaves = [node for node in range(nodes) if node not in parents]
@@ -932,28 +888,12 @@ def benchmark(
             "FlashInfer, custom mask": _flashinfer(q, k, v, seen, lengths),
         }
         cost = tree_cost("tree", parents, lengths.tolist(), heads, kv_heads, dim, dtype.itemsize)
-        names = ("rows", "nodes", "slots", "heads", "kv_heads", "dim", "ragged")
-        for name, fn in competitors.items():
-            row: dict[str, Any] = {**dict(zip(names, shape)), "competitor": name}
-            if isinstance(fn, str):
-                rows.append({**row, "skipped": fn})
-                continue
-            try:
-                row["error"] = relative_error(fn(), wanted)
-                row["pass"] = asdict(measure(fn, device, rounds=rounds))
-            except Exception as error:
-                if name in ("kernel", "fused attention, dense mask"):
-                    raise
-                rows.append({**row, "skipped": f"{type(error).__name__}: {str(error)[:120]}"})
-                continue
-            row["share of bandwidth"] = cost.memory_bytes / row["pass"]["median"] / bandwidth
-            row["share of matrix peak"] = cost.operations / row["pass"]["median"] / peak
-            rows.append(row)
-    return {
-        "environment": environment(device),
-        "copy bandwidth (bytes/s)": bandwidth,
-        "matrix peak (operations/s)": peak,
-        "dtype": str(dtype).removeprefix("torch."),
-        "parity": parity,
-        "rows": rows,
-    }
+        bench.add(
+            dict(zip(("rows", "nodes", "slots", "heads", "kv_heads", "dim", "ragged"), shape)),
+            competitors,
+            lambda name, found: relative_error(found, wanted),
+            bytes_moved=cost.memory_bytes,
+            operations=cost.operations,
+            needed=("kernel", "fused attention, dense mask"),
+        )
+    return bench.results()

@@ -5,11 +5,12 @@
 import os
 import tempfile
 import types
+import warnings
 
 import pytest
 import torch
 
-from paperbench.kernels.core import CARDS, Configuration, HAS_TRITON, MissingKernel, TARGETS, aligned_rows, check_tensors, compile_configurations, compile_report, compile_table, copy_bandwidth, device_target, environment, interpreter, is_interpreting, jit, launch, matrix_peak, measure, next_power_of_2, processors, read_results, relative_error, resolve_impl, signature_of, source_fingerprint, tl, triton, write_results
+from paperbench.kernels.core import CARDS, Comparison, Configuration, HAS_TRITON, MissingKernel, TARGETS, accessed_bytes, aligned_rows, aligned_whole, check_discrete, check_tensors, compile_configurations, compile_report, compile_table, copy_bandwidth, device_target, environment, interpreter, is_interpreting, jit, launch, matrix_peak, measure, next_power_of_2, processors, read_results, relative_error, resolve_attention, resolve_impl, signature_of, softmax_or_zero, source_fingerprint, tile_configuration, tl, traffic, triton, write_results
 
 
 @jit
@@ -58,6 +59,21 @@ def test_a_launch_on_cpu_tensors_is_an_error_outside_the_interpreter():
     launch(_norms, 0, torch.ones(1, 4), torch.empty(1), 1, 4, BLOCK=16)  # no programs, no launch
 
 
+@jit
+def _differences(x_ptr, y_ptr, BLOCK: tl.constexpr):
+    x = tl.load(x_ptr + tl.arange(0, BLOCK))
+    tl.store(y_ptr + tl.arange(0, BLOCK), x - x + tl.max(x - x, axis=0))
+
+
+@needs_triton
+def test_infinities_are_computed_in_silence():
+    x, y = torch.full((16,), torch.inf), torch.zeros(16)
+    with interpreter(), warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        launch(_differences, 1, x, y, BLOCK=16)
+    assert y.isnan().all()
+
+
 def test_a_missing_kernel_complains_when_it_is_launched():
     with pytest.raises(RuntimeError, match="needs Triton, which is not installed"):
         launch(MissingKernel(_norms), 1, torch.ones(1))
@@ -91,6 +107,25 @@ def test_arguments_are_checked_by_name():
         check_tensors(q=torch.ones(1), k=torch.ones(1, device="meta"))
 
 
+def test_integers_and_flags_are_checked_by_name():
+    cpu, lengths, flags = torch.device("cpu"), torch.tensor([0, 5]), torch.ones(2, 2, dtype=torch.bool)
+    check_discrete("lengths", lengths.int(), [(2,)], cpu, bounds=(0, 5))
+    check_discrete("mask", flags, [(2, 2), (3, 2, 2)], cpu, dtype=torch.bool)
+    check_discrete("lengths", lengths[:0], [(0,)], cpu, bounds=(0, 5))
+    for error, match, x, options in (
+        (TypeError, "x must be a torch.Tensor, got list", [1, 2], {}),
+        (TypeError, "x must be integers, got torch.float32", lengths.float(), {}),
+        (TypeError, "x must be integers, got torch.bool", lengths.bool(), {}),
+        (TypeError, "x must be int64, got torch.int32", lengths.int(), dict(dtype=torch.int64)),
+        (ValueError, r"x must have the shape \(2,\) or \(3,\) on cpu, got \(1,\) on cpu", lengths[:1], {}),
+        (ValueError, "on cpu, got .* on meta", lengths.to("meta"), {}),
+        (ValueError, r"x must lie in 0\.\.4, got 0\.\.5", lengths, dict(bounds=(0, 4))),
+        (ValueError, r"x must lie in 1\.\.5, got 0\.\.5", lengths, dict(bounds=(1, 5))),
+    ):
+        with pytest.raises(error, match=match):
+            check_discrete("x", x, [(2,), (3,)], cpu, **options)
+
+
 def test_rows_are_copied_only_when_they_must_be():
     x = torch.randn(3, 4, 32)
     assert aligned_rows(x.transpose(0, 1)).data_ptr() == x.data_ptr()
@@ -99,6 +134,31 @@ def test_rows_are_copied_only_when_they_must_be():
         assert copy.stride(-1) == 1 and copy.shape[-1] % 16 == 0 and copy.is_contiguous()
         assert torch.equal(copy[..., : view.shape[-1]], view) and not copy[..., view.shape[-1] :].any()
     assert [next_power_of_2(n) for n in (0, 1, 2, 3, 16, 17)] == [1, 1, 2, 4, 16, 32]
+    assert aligned_whole(x).data_ptr() == x.data_ptr()
+    for view in (x.flatten()[1:], x.mT, x.int().flatten()[3:]):
+        copy = aligned_whole(view)
+        assert copy.is_contiguous() and copy.data_ptr() % 16 == 0 and torch.equal(copy, view)
+
+
+@needs_triton
+def test_rows_of_attention_may_be_too_long():
+    short, long = torch.ones(1, 128), torch.ones(1, 129)
+    assert resolve_attention("auto", [long], D=129) == resolve_attention("torch", [long], D=129) == "torch"
+    with interpreter():
+        assert resolve_attention("triton", [short], D=128) == "triton"
+        assert resolve_attention("triton", [long.half()], D=129, E=256) == "triton"
+        with pytest.raises(ValueError, match="takes D and E up to 128 in torch.float32, got 129; use impl="):
+            resolve_attention("triton", [short], D=128, E=129)
+    with pytest.raises(ValueError, match="needs CUDA tensors"):
+        resolve_attention("triton", [short], D=128)
+
+
+def test_a_row_that_sees_nothing_gets_zero():
+    scores = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    scores[0, 1], scores[1, 2, 3:] = -torch.inf, -torch.inf
+    found = softmax_or_zero(scores)
+    torch.testing.assert_close(found, torch.softmax(scores, -1).nan_to_num(), rtol=1e-14, atol=0)
+    assert not found[0, 1].any()
 
 
 def test_relative_error_handles_zeros_and_infinities():
@@ -178,6 +238,16 @@ def test_configurations_become_rows_with_their_labels():
 
 
 @needs_triton
+def test_a_tile_becomes_a_configuration():
+    tile = dict(BLOCK=64, num_warps=2, num_stages=3)
+    options = dict(types={"y_ptr": torch.float32}, plain=("rows", "slots"))
+    found = tile_configuration(_norms, torch.float16, "sm_90", tile, {"block": 64}, **options)
+    assert found.signature == double_configuration(64).signature and found.constants == {"BLOCK": 64}
+    assert found.aligned == ("x_ptr", "y_ptr", "cols") and found.labels == {"block": 64}
+    assert (found.target, found.num_warps, found.num_stages) == ("sm_90", 2, 3)
+
+
+@needs_triton
 def test_the_fingerprint_follows_source_and_constants():
     found = source_fingerprint([_norms, _square_sum], 64)
     assert found == source_fingerprint([_norms, _square_sum], 64) and len(found) == 16
@@ -215,6 +285,25 @@ def test_the_interpreter_multiplies_and_rounds_like_the_card():
         assert 1e-5 < relative_error(y, exact) < 2e-3
 
 
+@needs_triton
+def test_traffic_is_what_a_kernel_moves():
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    before = dict(vars(InterpreterBuilder))
+    x, y, z = torch.randn(5, 37), torch.empty(5), torch.empty(16, 16, dtype=torch.float16)
+    with interpreter(), traffic() as (loads, stores, products):
+        launch(_norms, 5, x, y, 5, 37, BLOCK=16)
+        assert (len(loads), len(stores), products) == (15, 5, [])
+        assert accessed_bytes(loads) == accessed_bytes(loads, x) == x.nbytes
+        assert accessed_bytes(stores) == accessed_bytes(stores, y, once=True) == y.nbytes
+        launch(_norms, 5, x, y, 5, 37, BLOCK=64)
+        assert accessed_bytes(loads, x) == 2 * accessed_bytes(loads, x, once=True) == 2 * x.nbytes
+        assert accessed_bytes(loads, x[1]) == 2 * 37 * 4 and accessed_bytes(loads, y) == 0
+        launch(_product, 1, x.flatten()[:256].half(), z, BLOCK=16, PRECISION="ieee")
+    assert products == [2 * 16**3] and accessed_bytes(stores, z) == z.nbytes
+    assert dict(vars(InterpreterBuilder)) == before
+
+
 def test_measurements_are_ordered_and_survive_the_file():
     timing = measure(lambda: torch.ones(1000).sum(), "cpu", rounds=5)
     assert 0 < timing.low <= timing.median <= timing.high and timing.rounds == 5
@@ -228,6 +317,28 @@ def test_measurements_are_ordered_and_survive_the_file():
         assert read_results(path) is None
         write_results(path, {"environment": found})
         assert read_results(path) == {"environment": found} and os.listdir(folder) == ["results.json"]
+
+
+def test_a_competitor_that_fails_is_a_row_and_the_kernel_must_not():
+    def broken():
+        raise NotImplementedError("not on this card")
+
+    x = torch.rand(50, 50)
+    bench = Comparison("cpu", torch.float32, rounds=2, peak_size=16)
+    peers = {"kernel": lambda: 2 * x, "other": lambda: 3 * x, "broken": broken, "absent": "not here"}
+    made = bench.add(
+        {"size": 50}, peers, lambda name, y: relative_error(y, 2 * x), bytes_moved=2e4, operations=2500
+    )
+    assert [row["competitor"] for row in made] == list(peers) and all(row["size"] == 50 for row in made)
+    assert [row.get("error") for row in made] == [0.0, pytest.approx(0.5), None, None]
+    assert [row.get("skipped") for row in made[2:]] == ["NotImplementedError: not on this card", "not here"]
+    row, found = made[0], bench.results()
+    assert row["share of bandwidth"] == pytest.approx(2e4 / row["pass"]["median"] / bench.bandwidth)
+    assert row["share of matrix peak"] == pytest.approx(2500 / row["pass"]["median"] / bench.peak)
+    assert found["rows"] == made and found["dtype"] == "float32"
+    assert found["environment"] == environment("cpu")
+    with pytest.raises(NotImplementedError):
+        bench.add({}, {"kernel": broken}, lambda name, y: None, bytes_moved=1, operations=1)
 
 
 def test_the_roofline_has_its_ridge():

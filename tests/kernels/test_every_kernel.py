@@ -2,18 +2,13 @@
 
 import importlib
 import inspect
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-import paperbench
 from paperbench.kernels import core
 from paperbench.kernels.core import HAS_TRITON, read_results
 
-ROOT = Path(paperbench.__file__).parents[1]
 NOTEBOOKS = Path(__file__).parents[2] / "nbs" / "kernels"
 KERNELS = sorted(p.stem for p in Path(core.__file__).parent.glob("*.py") if p.stem not in ("__init__", "core"))
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
@@ -40,15 +35,11 @@ def test_benchmark_takes_a_device(name):
     assert inspect.signature(module(name).benchmark).parameters["device"].default == "cuda"
 
 
-def test_imports_without_triton():
+def test_imports_without_triton(run_python):
     code = "import sys; sys.modules['triton'] = None\nimport importlib\n" + "\n".join(
         f"m = importlib.import_module('paperbench.kernels.{name}'); assert callable(m.{name})" for name in KERNELS
     )
-    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": paths}
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_python(code)
 
 
 @needs_triton

@@ -1,8 +1,6 @@
 """What every kernel must pass without a GPU, over random inputs, and what crosses the kernel notebooks."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,13 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_checks import compiled_graph, laid_out, needs_triton, patient
 
-import paperbench
 from paperbench.kernels import core
 from paperbench.kernels import linear_attention as la
 from paperbench.kernels.core import interpreter, read_results, relative_error
 
 NOTEBOOKS = Path(__file__).parents[2] / "nbs" / "kernels"
-ROOT = Path(paperbench.__file__).parents[1]
 BOUNDS = {torch.float32: 5e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 OPERATOR = torch.ops.paperbench.linear_attention
 
@@ -245,21 +241,7 @@ def test_the_operator_does_not_break_the_graph():
             torch.testing.assert_close(x, y)
 
 
-def run_python(code, **environment):
-    """Run code in a fresh interpreter that can import the package under test."""
-    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "PYTHONPATH": paths, **environment},
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
-
-
-def test_import_and_reference_without_triton():
+def test_import_and_reference_without_triton(run_python):
     printed = run_python("""
 import sys
 sys.modules["triton"] = None  # as on a machine where it is not installed
@@ -280,7 +262,7 @@ for attempt in (lambda: linear_attention(x, x, x, impl="triton"),
 
 
 @needs_triton
-def test_tritons_own_switch_works_too():
+def test_tritons_own_switch_works_too(run_python):
     printed = run_python(
         """
 import torch

@@ -1,7 +1,5 @@
 """SortLSH block attention over random groupings, as an operator, and as a citizen of PyTorch's compiler."""
 
-import os
-
 import pytest
 import torch
 from hypothesis import given
@@ -107,22 +105,8 @@ def test_gradients_of_random_groupings(queries, keys, block, samples, align, sam
 
 
 @needs_triton
-def test_launches_ask_only_for_what_was_compiled(monkeypatch):
-    """Every pointer and stride is divisible by 16, every compile-time argument is one of the report's."""
-    listed = sb.configurations(("sm_80",))
-    known = {(c.kernel, c.num_warps, c.num_stages, *sorted(map(str, c.constants.items()))) for c in listed}
-    aligned = {c.kernel: c.aligned for c in listed}
-    seen = []
-
-    def check(kernel, programs, *args, num_warps=4, num_stages=2, **constants):
-        for name, value in zip(kernel.arg_names, args):
-            if name in aligned[kernel]:
-                assert (value.data_ptr() if name.endswith("_ptr") else value) % 16 == 0, name
-        assert (kernel, num_warps, num_stages, *sorted(map(str, constants.items()))) in known, constants
-        seen.append(constants["WIDTH"])
-        core.launch(kernel, programs, *args, num_warps=num_warps, num_stages=num_stages, **constants)
-
-    monkeypatch.setattr(sb, "launch", check)
+def test_launches_ask_only_for_what_was_compiled(watched_launches):
+    seen = watched_launches(sb)
     for dim in (18, 70, 136):
         inputs, blocks, chosen, factor = problem(2, 2, 1, 21, 30, dim, dim - 6, 8, 5, "rank", "uniform", 0)
         odd = [torch.cat([x.flatten()[:1], x.flatten()])[1:].view_as(x) for x in (*blocks[:4], chosen, factor.float())]
@@ -131,7 +115,7 @@ def test_launches_ask_only_for_what_was_compiled(monkeypatch):
                 cast = [laid_out(x.to(dtype), layout) for x in inputs]
                 with interpreter():
                     OPERATOR(*cast, *odd, blocks.size, blocks.equal, 0.3, 0)
-    assert set(seen) == {64, 128, 256}
+    assert {constants["WIDTH"] for _, constants in seen} == {64, 128, 256}
 
 
 def small(dtype=torch.float32, grad=False):
@@ -187,21 +171,15 @@ def test_one_graph_with_gradients(impl):
 
 @needs_triton
 @pytest.mark.parametrize("target", list(core.TARGETS))
-def test_a_sample_compiles(target):
-    found = sb.configurations((target,))
-    if os.environ.get("PAPERBENCH_COMPILE_ALL") != "1":
-        found = [c for c in found if c.dtype == torch.float16 and c.labels["D"] == 64]
-    assert len(found) >= 2
-    for configuration in found:
-        row = core.compile_configuration(configuration)
-        assert row["fits"], row
+def test_a_sample_compiles(target, compile_sample):
+    def chosen(c):
+        return c.dtype == torch.float16 and c.labels["D"] == 64
+
+    compile_sample(sb.configurations((target,)), chosen, 2)
 
 
 @needs_triton
-def test_tritons_own_switch_works_too():
-    import subprocess
-    import sys
-
+def test_tritons_own_switch_works_too(run_python):
     code = """
 import torch
 from paperbench.attention.hyperattention import sort_blocks
@@ -212,7 +190,4 @@ blocks, chosen = sort_blocks(q, k, 3, bits=2), torch.tensor([[[0, 8], [3, 4]]])
 found, wanted = (sortlsh_block_attention(q, k, v, blocks, chosen, impl=impl)[0] for impl in ("triton", "torch"))
 print(relative_error(found, wanted) < 1e-5)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env={**os.environ, "TRITON_INTERPRET": "1"}
-    )
-    assert done.returncode == 0 and done.stdout.strip() == "True", done.stderr[-2000:]
+    assert run_python(code, TRITON_INTERPRET="1").strip() == "True"

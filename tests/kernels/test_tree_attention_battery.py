@@ -1,7 +1,5 @@
 """Tree attention over random trees and texts, as an operator, and as a citizen of PyTorch's compiler."""
 
-import os
-
 import pytest
 import torch
 from hypothesis import given
@@ -92,21 +90,8 @@ def test_random_trees(batch, heads, nodes, slots, dim, dtype, segment, holes, pe
 
 
 @needs_triton
-def test_launches_ask_only_for_what_was_compiled(monkeypatch):
-    """Every pointer and stride is divisible by 16, every compile-time argument is one of the report's."""
-    known = {(c.kernel, c.num_warps, c.num_stages, *sorted(map(str, c.constants.items()))) for c in ta.configurations(("sm_80",))}
-    aligned = {c.kernel: c.aligned for c in ta.configurations(("sm_80",))}
-    seen = []
-
-    def check(kernel, programs, *args, num_warps=4, num_stages=2, **constants):
-        for name, value in zip(kernel.arg_names, args):
-            if name in aligned[kernel]:
-                assert (value.data_ptr() if name.endswith("_ptr") else value) % 16 == 0, name
-        assert (kernel, num_warps, num_stages, *sorted(map(str, constants.items()))) in known, constants
-        seen.append(kernel)
-        core.launch(kernel, programs, *args, num_warps=num_warps, num_stages=num_stages, **constants)
-
-    monkeypatch.setattr(ta, "launch", check)
+def test_launches_ask_only_for_what_was_compiled(watched_launches):
+    seen = watched_launches(ta)
     inputs, _, mask, lengths, valid = problem(2, 4, 2, 5, 70, 19, 0)
     for dtype in BOUNDS:
         for layout in ("plain", "odd slice", "tokens first"):
@@ -114,7 +99,7 @@ def test_launches_ask_only_for_what_was_compiled(monkeypatch):
             odd = torch.zeros(26, dtype=torch.bool)[1:].view(5, 5).copy_(mask)
             with interpreter():
                 OPERATOR(*cast, odd, torch.cat([lengths[:1], lengths]).int()[1:], valid, 0.3, 64)
-    assert set(seen) == {ta.tree_attention_kernel, ta.merge_kernel}
+    assert {kernel for kernel, _ in seen} == {ta.tree_attention_kernel, ta.merge_kernel}
 
 
 def small(dtype=torch.float32, grad=False):
@@ -162,21 +147,15 @@ def test_one_graph_with_gradients(impl):
 
 @needs_triton
 @pytest.mark.parametrize("target", list(core.TARGETS))
-def test_a_sample_compiles(target):
-    found = ta.configurations((target,))
-    if os.environ.get("PAPERBENCH_COMPILE_ALL") != "1":
-        found = [c for c in found if c.dtype == torch.float16 and c.labels["D"] == 64 and c.labels["rows"] != 64]
-    assert len(found) >= 2
-    for configuration in found:
-        row = core.compile_configuration(configuration)
-        assert row["fits"], row
+def test_a_sample_compiles(target, compile_sample):
+    def chosen(c):
+        return c.dtype == torch.float16 and c.labels["D"] == 64 and c.labels["rows"] != 64
+
+    compile_sample(ta.configurations((target,)), chosen, 2)
 
 
 @needs_triton
-def test_tritons_own_switch_works_too():
-    import subprocess
-    import sys
-
+def test_tritons_own_switch_works_too(run_python):
     code = """
 import torch
 from paperbench.kernels.core import relative_error
@@ -186,7 +165,4 @@ mask = torch.eye(4, dtype=torch.bool)
 found, wanted = (tree_attention(q, pk, pv, nk, nv, mask, impl=impl) for impl in ("triton", "torch"))
 print(relative_error(found, wanted) < 1e-5)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env={**os.environ, "TRITON_INTERPRET": "1"}
-    )
-    assert done.returncode == 0 and done.stdout.strip() == "True", done.stderr[-2000:]
+    assert run_python(code, TRITON_INTERPRET="1").strip() == "True"

@@ -1,7 +1,5 @@
 """Two-pass softmax over random inputs, as an operator, and as a citizen of PyTorch's compiler."""
 
-import os
-
 import pytest
 import torch
 from hypothesis import given
@@ -106,16 +104,12 @@ def test_the_operator_does_not_break_the_graph():
 
 @needs_triton
 @pytest.mark.parametrize("target", list(core.TARGETS))
-def test_a_sample_compiles(target):
-    everything = os.environ.get("PAPERBENCH_COMPILE_ALL") == "1"
-    found = tp.configurations((target,))
-    if not everything:
-        found = [c for c in found if c.labels["wide"] and c.dtype == torch.float16]
-        found = [c for c in found if c.constants.get("SPANS") or c.labels["block"] == 16384]
-    assert len(found) >= 3
-    for configuration in found:
-        row = core.compile_configuration(configuration)
-        assert row["fits"], row
+def test_a_sample_compiles(target, compile_sample):
+    def chosen(c):
+        of_kind = c.labels["wide"] and c.dtype == torch.float16
+        return of_kind and (c.constants.get("SPANS") or c.labels["block"] == 16384)
+
+    compile_sample(tp.configurations((target,)), chosen, 3)
 
 
 def test_benchmark_runs_on_a_cpu():
