@@ -21,7 +21,7 @@ from paperbench.kernels.chunk_attention import (
     merge_partials,
     partial_attention,
 )
-from ..models.decoder import Decoder, rotary_angles, rotate
+from ..models.decoder import Attention, Decoder, SoftmaxAttention, rotary_angles, rotate
 
 # %% ../../nbs/attention/chunk_attention.ipynb #29157dff
 def sharing_map(cache: PrefixTreeKVCache, sequences: Sequence[int] | None = None) -> Tensor:
@@ -184,17 +184,24 @@ def tpp_partial(
 
     Source: Ye and others 2024 (arXiv:2402.15220), algorithms 1 and 2.
     """
+    size = schedule.visible.shape[1]
+    if keys.ndim != 4 or keys.shape[2] != size or values.shape != keys.shape:
+        raise ValueError(
+            f"keys and values must both be (P, H_kv, {size}, D), got {tuple(keys.shape)} and "
+            f"{tuple(values.shape)}"
+        )
     if q.ndim != 3 or q.shape[2] != keys.shape[3] or q.shape[1] % keys.shape[1] or not q.shape[1]:
         raise ValueError(
             f"q must be (B, H, {keys.shape[3]}) with H a multiple of {keys.shape[1]}, got {tuple(q.shape)}"
         )
     if len(q) != len(schedule.order):
         raise ValueError(f"q must have one row for each of {len(schedule.order)} sequences, got {len(q)}")
-    if q.dtype != keys.dtype or q.device != keys.device:
-        raise ValueError(
-            f"q must have the keys' dtype and device ({keys.dtype}, {keys.device}), "
-            f"got ({q.dtype}, {q.device})"
-        )
+    for name, x in (("q", q), ("values", values)):
+        if x.dtype != keys.dtype or x.device != keys.device:
+            raise ValueError(
+                f"{name} must have the keys' dtype and device ({keys.dtype}, {keys.device}), "
+                f"got ({x.dtype}, {x.device})"
+            )
     wide = torch.promote_types(q.dtype, torch.float32)
     scale = q.shape[2] ** -0.5 if scale is None else scale
     group = q.shape[1] // keys.shape[1]
@@ -281,11 +288,23 @@ def naive_decode(
     return torch.cat(rows) if rows else torch.empty_like(q)
 
 # %% ../../nbs/attention/chunk_attention.ipynb #241530a9
+def _as_tokens(tokens: Sequence[int] | Tensor, vocabulary: int) -> Tensor:
+    """Tokens as int64."""
+    found = torch.as_tensor(tokens)
+    if found.numel() and found.dtype not in (torch.uint8, torch.int16, torch.int32, torch.int64):
+        raise TypeError(f"tokens must be integers, got {found.dtype}")
+    if found.numel() and not 0 <= int(found.min()) <= int(found.max()) < vocabulary:
+        raise ValueError(
+            f"tokens must lie in 0..{vocabulary - 1}, got {int(found.min())}..{int(found.max())}"
+        )
+    return found.long()
+
+
 class PrefixDecoder:
     """Decode many sequences with a `Decoder` and one prefix tree for all layers.
 
     Args:
-        model: the language model, in eval mode.
+        model: the language model, in eval mode, with the decoder's own attention.
         chunk: tokens of a chunk.
         capacity: chunks of the pool.
 
@@ -294,10 +313,21 @@ class PrefixDecoder:
         computed: tokens that went through the network so far.
 
     Raises:
-        ValueError: a size is not positive.
+        TypeError: the model is no `Decoder`.
+        ValueError: a size is not positive, or the model computes its layers in another way than a `Decoder`.
     """
 
     def __init__(self, model: Decoder, *, chunk: int = 16, capacity: int = 256) -> None:
+        if not isinstance(model, Decoder):
+            raise TypeError(f"model must be a Decoder, got {type(model).__name__}")
+        parts = [block.attention for block in model.blocks]
+        if type(model).forward is not Decoder.forward or not all(
+            type(part) is Attention and type(part.core) is SoftmaxAttention for part in parts
+        ):
+            raise ValueError(
+                "model must be a Decoder with its own attention, which a step computes from the tree; "
+                f"got a {type(model).__name__} with other parts"
+            )
         weight = model.embed.weight
         self.model, self.computed = model, 0
         self.cache = PrefixTreeKVCache(
@@ -324,10 +354,11 @@ class PrefixDecoder:
             The sequence's number, and the logits for its next token, (V,).
 
         Raises:
-            ValueError: the prompt is empty.
+            TypeError: the prompt does not hold integers.
+            ValueError: the prompt is empty, or a token is not in the vocabulary.
             RuntimeError: no room; no sequence has changed then.
         """
-        tokens = torch.as_tensor(tokens, dtype=torch.int64)
+        tokens = _as_tokens(tokens, self.model.vocabulary)
         if tokens.ndim != 1 or not len(tokens):
             raise ValueError(f"tokens must be (n,) with n > 0, got {tuple(tokens.shape)}")
         cache, model, layers = self.cache, self.model, range(len(self.model.blocks))
@@ -364,10 +395,12 @@ class PrefixDecoder:
             Logits for the tokens after these, (B, V).
 
         Raises:
-            ValueError: as many tokens as sequences are needed, or a sequence is named twice or is not live.
+            TypeError: the tokens are no integers.
+            ValueError: there are not as many tokens as sequences, a token is not in the vocabulary, or a
+                sequence is named twice or is not live.
             RuntimeError: no room; nothing has changed then.
         """
-        tokens = torch.as_tensor(tokens, dtype=torch.int64)
+        tokens = _as_tokens(tokens, self.model.vocabulary)
         if tokens.shape != (len(sequences),) or len(set(sequences)) != len(sequences):
             raise ValueError(
                 f"tokens must be (B,) for B different sequences, got {tuple(tokens.shape)} "

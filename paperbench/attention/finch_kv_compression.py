@@ -140,13 +140,15 @@ def position_scores(table: Tensor) -> Score:
         The score. Equal in all layers.
 
     Raises:
-        ValueError: the table has neither one nor two dimensions.
+        ValueError: the table is not a tensor of one or two dimensions.
     """
-    if table.ndim not in (1, 2):
-        raise ValueError(f"table must be (n,) or (B, n), got {tuple(table.shape)}")
+    if not isinstance(table, Tensor) or table.ndim not in (1, 2):
+        raise ValueError(f"table must be a tensor (n,) or (B, n), got {tuple(getattr(table, 'shape', ()))}")
 
     def score(view: LayerView) -> Tensor:
         origin = view.origin[:, 0]
+        if table.ndim == 2 and len(table) not in (1, len(origin)):
+            raise ValueError(f"table must have the {len(origin)} rows of document, got {len(table)}")
         rows = table.to(origin.device).expand(len(origin), -1)
         if int(origin.max()) >= rows.shape[1]:
             raise ValueError(
@@ -155,6 +157,13 @@ def position_scores(table: Tensor) -> Score:
         return rows.gather(1, origin)
 
     return score
+
+
+def _check_tokens(name: str, tokens: Tensor) -> None:
+    if not isinstance(tokens, Tensor):
+        raise TypeError(f"{name} must be a tensor of integers, got {type(tokens).__name__}")
+    if tokens.ndim != 2 or tokens.shape[1] == 0:
+        raise ValueError(f"{name} must be (batch, length) with at least one token, got {tuple(tokens.shape)}")
 
 
 def truncate(document: Tensor, target: int, keep: str) -> Tensor:
@@ -169,9 +178,10 @@ def truncate(document: Tensor, target: int, keep: str) -> Tensor:
         (B, min(target, n)).
 
     Raises:
-        ValueError: unknown part, or a target that is not positive.
+        TypeError, ValueError: the document is not (B, n), unknown part, or a target that is not positive.
     """
     check_sizes(target=target)
+    _check_tokens("document", document)
     length = document.shape[1]
     target = min(target, length)
     firsts = {"head": target, "tail": 0, "ends": target - target // 2}
@@ -194,6 +204,9 @@ def select_top(scores: Tensor, count: int) -> Tensor:
     Raises:
         ValueError: `count` is out of range or a score is NaN.
     """
+    check_sizes(count=count)
+    if scores.ndim < 1:
+        raise ValueError(f"scores must be (..., n), got {tuple(scores.shape)}")
     if not 1 <= count <= scores.shape[-1]:
         raise ValueError(f"count must lie in 1..{scores.shape[-1]}, got {count}")
     if scores.isnan().any():
@@ -215,11 +228,21 @@ def rerotate_keys(keys: Tensor, old: Tensor, new: Tensor, base: float = 10_000.0
         (B, H, n, D) in the dtype of `keys`; half precision is turned in float32 and rounded once.
 
     Raises:
-        TypeError: positions are not integers.
+        TypeError: positions are not integers, or keys not floating point.
+        ValueError: shapes do not fit, D is odd, or `base` is not positive.
     """
+    if not keys.is_floating_point():
+        raise TypeError(f"keys must be floating point, got {keys.dtype}")
+    if not base > 0:
+        raise ValueError(f"base must be positive, got {base}")
     for name, x in (("old", old), ("new", new)):
-        if x.is_floating_point() or x.dtype == torch.bool:
-            raise TypeError(f"{name} must hold integers, got {x.dtype}")
+        if not isinstance(x, Tensor) or x.is_floating_point() or x.dtype == torch.bool:
+            raise TypeError(f"{name} must hold integers, got {getattr(x, 'dtype', type(x).__name__)}")
+        if x.ndim > keys.ndim - 1 or any(a not in (1, b) for a, b in zip(x.shape[::-1], keys.shape[-2::-1])):
+            raise ValueError(
+                f"{name} must be broadcastable to {tuple(keys.shape[:-1])}, got {tuple(x.shape)}"
+            )
+    old, new = old.long(), new.long()  # their difference may be negative
     exact = keys.float() if keys.dtype in (torch.float16, torch.bfloat16) else keys
     cosine, sine = rotary_angles(new - old, keys.shape[-1], base)
     return rotate(exact, cosine, sine).to(keys.dtype)
@@ -265,11 +288,6 @@ class Compressed:
     peak: int
 
 
-def _check_tokens(name: str, tokens: Tensor) -> None:
-    if tokens.ndim != 2 or tokens.shape[1] == 0:
-        raise ValueError(f"{name} must be (batch, length) with at least one token, got {tuple(tokens.shape)}")
-
-
 @torch.no_grad()
 def compress(
     model: Decoder,
@@ -298,7 +316,7 @@ def compress(
         A `Compressed`.
 
     Raises:
-        ValueError: sizes do not fit, or a score has another shape.
+        TypeError, ValueError: sizes do not fit, or a score has another shape.
 
     Source: Corallo and Papotti 2024 (arXiv:2408.00167), the algorithm of the method section.
     """
@@ -322,10 +340,11 @@ def compress(
             q, k, _ = tape[name][-1][0]
             origin = torch.cat([kept[layer], fresh.expand(batch, kept[layer].shape[1], -1)], dim=2)
             scores = score(LayerView(q, k, origin, width, model.kv_heads, layer))
-            if scores.shape not in ((batch, context), (batch, model.kv_heads, context)):
+            found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            if found not in ((batch, context), (batch, model.kv_heads, context)):
                 raise ValueError(
-                    f"score must return {(batch, context)} or {(batch, model.kv_heads, context)}, "
-                    f"got {tuple(scores.shape)}"
+                    f"score must return a tensor {(batch, context)} or {(batch, model.kv_heads, context)}, "
+                    f"got {found}"
                 )
             chosen = select_top(scores if scores.ndim == 3 else scores[:, None], count)  # (B, G, count)
             kept[layer] = origin.expand(-1, chosen.shape[1], -1).gather(2, chosen)
@@ -369,9 +388,11 @@ def generate_with_cache(
         A `Generation` with L = `length`.
 
     Raises:
-        ValueError: `length` is negative, or the prompt does not fit.
+        TypeError, ValueError: `length` is not an integer or negative, or the prompt does not fit.
     """
     _check_tokens("prompt", prompt)
+    if isinstance(length, bool) or not isinstance(length, int):
+        raise TypeError(f"length must be an integer, got {length!r}")
     if length < 0:
         raise ValueError(f"length must not be negative, got {length}")
     batch = len(prompt)
@@ -461,7 +482,16 @@ class Facts:
     places: Tensor
 
     def ask(self, number: int) -> "Facts":
-        """The same documents with a question about another fact, counted from the front."""
+        """The same documents with a question about another fact, counted from the front.
+
+        Args:
+            number: of the fact, from 0.
+
+        Raises:
+            ValueError: there is no such fact.
+        """
+        if not 0 <= number < self.places.shape[1]:
+            raise ValueError(f"number must lie in 0..{self.places.shape[1] - 1}, got {number}")
         place = self.places[:, number, None]
         key, value = self.document.gather(1, place), self.document.gather(1, place + 1)
         prompt = torch.cat([torch.zeros_like(key), key], dim=1)
@@ -508,7 +538,13 @@ def words(tokens: Tensor) -> list[str]:
 
     Returns:
         One word a token.
+
+    Raises:
+        ValueError: not (n,), or a token outside 0 to 88.
     """
+    top = FIRST_FILLER + FILLERS - 1
+    if tokens.ndim != 1 or tokens.numel() and not 0 <= tokens.min() <= tokens.max() <= top:
+        raise ValueError(f"tokens must be (n,) with numbers from 0 to {top}, got shape {tuple(tokens.shape)}")
 
     def word(t: int) -> str:
         if t < FIRST_KEY:
@@ -532,7 +568,11 @@ def question_rows(
 
     Returns:
         Tokens, int64 (batch, length + 3 questions), and bool of the same shape, True on the answers.
+
+    Raises:
+        ValueError: a size is not positive, or sizes do not fit.
     """
+    check_sizes(questions=questions)
     made = make_facts(batch, length, facts, generator=generator)
     asked = torch.randint(facts, (batch, questions), generator=generator)
     place = made.places.gather(1, asked)

@@ -54,6 +54,16 @@ class Segment:
             raise ValueError(f"owner must name a specialist for a {self.kind}, got None")
 
 
+def _check_order(order: Sequence[str], known: Mapping[str, int], lengths: Sequence[int], name: str) -> None:
+    if not order:
+        raise ValueError("order must name the writer of at least one turn, got none")
+    if len(order) != len(lengths):
+        raise ValueError(f"{name} must have one length for each of {len(order)} turns, got {len(lengths)}")
+    missing = [who for who in order if who not in known]
+    if missing:
+        raise ValueError(f"order must name known prompts ({', '.join(known)}), got {missing[0]!r}")
+
+
 def chain_segments(
     order: Sequence[str],
     prompts: Mapping[str, int],
@@ -81,11 +91,7 @@ def chain_segments(
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
-    if len(order) != len(turns) or not order:
-        raise ValueError(f"turns must have one length for each of the {len(order)} turns, got {len(turns)}")
-    missing = [name for name in order if name not in prompts]
-    if missing:
-        raise ValueError(f"order must name known prompts ({', '.join(prompts)}), got {missing[0]!r}")
+    _check_order(order, prompts, turns, "turns")
     written = [Segment("turn", name, length) for name, length in zip(order, turns)]
     shared = Segment("input", None, input_length)
     if layout == "text":
@@ -139,8 +145,9 @@ def chain_mask(
         private += [s.kind == "input" and s.owner is not None] * s.length
         shared += [s.kind == "input" and s.owner is None] * s.length
         number += [i] * s.length
-    reader, owner, number = (torch.tensor(x, device=device) for x in (reader, owner, number))
-    prompt, private, shared = (torch.tensor(x, device=device) for x in (prompt, private, shared))
+    whole, flag = (dict(dtype=dtype, device=device) for dtype in (torch.int64, torch.bool))
+    reader, owner, number = (torch.tensor(x, **whole) for x in (reader, owner, number))
+    prompt, private, shared = (torch.tensor(x, **flag) for x in (prompt, private, shared))
     size = len(number)
     mask = torch.ones(size, size, dtype=torch.bool, device=device).tril()
     mine = reader[:, None] == owner[None]
@@ -154,6 +161,20 @@ def chain_mask(
     return mask
 
 # %% ../../nbs/attention/fthss_kv_share.ipynb #f5331a09
+def _check_tokens(name: str, tokens: Tensor, vocabulary: int) -> None:
+    """Raise unless `tokens` are integers of the vocabulary, (B, n)."""
+    kind = getattr(tokens, "dtype", type(tokens).__name__)
+    if kind not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be an int64 tensor, got {kind}")
+    if tokens.ndim != 2:
+        raise ValueError(f"{name} must be (B, n), got {tuple(tokens.shape)}")
+    if tokens.is_cuda or not tokens.numel():
+        return
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= vocabulary:
+        raise ValueError(f"{name} must lie in 0..{vocabulary - 1}, got {low}..{high}")
+
+
 class SoftPromptLM(nn.Module):
     """A frozen decoder and the soft prompts of several specialists.
 
@@ -162,12 +183,22 @@ class SoftPromptLM(nn.Module):
         prompts: name to prompt vectors, (length, dim); they become parameters.
 
     Raises:
-        ValueError: a prompt does not have the decoder's width.
+        TypeError: a prompt is not floating point.
+        ValueError: a prompt does not have the decoder's width, its name cannot be that of a parameter, or the
+            decoder connects its blocks in another way than a `Decoder`.
     """
 
     def __init__(self, base: Decoder, prompts: Mapping[str, Tensor]) -> None:
         super().__init__()
+        if type(base).forward is not Decoder.forward:
+            raise ValueError(f"base must run its blocks one after the other, got a {type(base).__name__}")
         for name, prompt in prompts.items():
+            if not name or "." in name or hasattr(nn.ParameterDict, name):
+                raise ValueError(
+                    f"prompts must have names without dots that no ParameterDict uses, got {name!r}"
+                )
+            if not prompt.is_floating_point():
+                raise TypeError(f"prompts[{name!r}] must be floating point, got {prompt.dtype}")
             if prompt.ndim != 2 or prompt.shape[1] != base.dim:
                 raise ValueError(f"prompts[{name!r}] must be (length, {base.dim}), got {tuple(prompt.shape)}")
         self.base = base.eval().requires_grad_(False)
@@ -190,8 +221,15 @@ class SoftPromptLM(nn.Module):
             (B, N, V).
 
         Raises:
-            ValueError: no tokens among the parts, or a mask of another shape.
+            TypeError: tokens that are no integers.
+            ValueError: no tokens among the parts, an unknown prompt, tokens beyond the vocabulary, or a mask
+                of another shape.
         """
+        for i, part in enumerate(parts):
+            if not isinstance(part, str):
+                _check_tokens(f"parts[{i}]", part, self.base.vocabulary)
+            elif part not in self.prompts:
+                raise ValueError(f"parts must name known prompts ({', '.join(self.prompts)}), got {part!r}")
         rows = {len(part) for part in parts if not isinstance(part, str)}
         if len(rows) != 1:
             raise ValueError(f"parts must hold token rows of one batch size, got sizes {sorted(rows)}")
@@ -298,7 +336,14 @@ def chain_logits(lm: SoftPromptLM, x: Tensor, turns: Sequence[Tensor], plan: Pla
 
     Returns:
         For every turn (B, L_t - 1, V): logits for its second token up to its last.
+
+    Raises:
+        TypeError: input or turns are no integers.
+        ValueError: a turn is empty, their number is not that of the plan, or shapes do not fit.
     """
+    for name, text in (("x", x), *((f"turns[{i}]", t) for i, t in enumerate(turns))):
+        _check_tokens(name, text, lm.base.vocabulary)
+    check_sizes(**{f"turns[{i}].shape[1]": t.shape[1] for i, t in enumerate(turns)})
     segments, mask = plan.lay_out(lm.lengths, x.shape[1], [t.shape[1] for t in turns], x.device)
     logits, start, out = lm(_parts(segments, x, turns), mask), 0, []
     for s in segments:
@@ -347,6 +392,24 @@ class ChainRun:
     turns: list[Tensor]
     ledger: Ledger
     cache: KVCache | None = None
+
+
+def _check_run(
+    lm: SoftPromptLM, x: Tensor, lengths: Sequence[int], given: Mapping[int, Tensor] | None
+) -> dict[int, Tensor]:
+    """Check what both ways to run a chain are asked for; returns the given turns."""
+    check_sizes(**{f"lengths[{i}]": n for i, n in enumerate(lengths)})
+    _check_tokens("x", x, lm.base.vocabulary)
+    given = dict(given or {})
+    for number, text in given.items():
+        if number not in range(len(lengths)):
+            raise ValueError(f"given must have keys in 0..{len(lengths) - 1}, got {number!r}")
+        _check_tokens(f"given[{number}]", text, lm.base.vocabulary)
+        if text.shape != (len(x), lengths[number]):
+            raise ValueError(
+                f"given[{number}] must be {(len(x), lengths[number])}, got {tuple(text.shape)}"
+            )
+    return given
 
 
 class _Writer:
@@ -408,17 +471,18 @@ def run_chain_shared(
         A `ChainRun`.
 
     Raises:
-        ValueError: the layout is "text", or lengths do not fit.
+        TypeError: input or given turns are no integers.
+        ValueError: the layout is "text", or lengths, given turns or tokens do not fit.
     """
     if plan.layout == "text":
         raise ValueError("layout must be cascade or inline for a shared cache, got 'text'")
-    check_sizes(**{f"lengths[{i}]": n for i, n in enumerate(lengths)})
+    given = _check_run(lm, x, lengths, given)
     segments, mask = plan.lay_out(lm.lengths, x.shape[1], lengths, x.device)
     ledger, turns = Ledger(), []
     writer = _Writer(lm, len(x), mask, ledger)
     for s in segments:
         if s.kind == "turn":
-            text = (given or {}).get(len(turns))
+            text = given.get(len(turns))
             turns.append(writer.write(s.length, len(x), x.device, text))
         else:
             writer.pending.append(s.owner if s.kind == "prompt" else x)
@@ -451,11 +515,11 @@ def run_chain_text(
         A `ChainRun`.
 
     Raises:
-        ValueError: lengths do not fit.
+        TypeError: input or given turns are no integers.
+        ValueError: a writer is unknown, or lengths, given turns or tokens do not fit.
     """
-    check_sizes(**{f"lengths[{i}]": n for i, n in enumerate(lengths)})
-    if len(order) != len(lengths):
-        raise ValueError(f"lengths must have {len(order)} entries, got {len(lengths)}")
+    given = _check_run(lm, x, lengths, given)
+    _check_order(order, lm.lengths, lengths, "lengths")
     size = max(lm.lengths.values()) + x.shape[1] + sum(lengths)
     mask = torch.ones(size, size, dtype=torch.bool, device=x.device).tril()
     ledger, turns, writers, read = Ledger(), [], {}, {}
@@ -465,7 +529,7 @@ def run_chain_text(
             writers[name].pending += [name, x]
         writer = writers[name]
         writer.pending += turns[read[name] :]
-        turns.append(writer.write(lengths[number], len(x), x.device, (given or {}).get(number)))
+        turns.append(writer.write(lengths[number], len(x), x.device, given.get(number)))
         read[name] = number + 1
         ledger.peak = max(ledger.peak, writer.cache.length)
     ledger.slots = sum(w.cache.length for w in writers.values())
@@ -485,8 +549,9 @@ def chain_tokens(
         Tokens for one row. The last token that a cache writes is never read by it and does not count.
 
     Raises:
-        ValueError: unknown `how`.
+        ValueError: unknown `how` or specialist, or numbers of turns that differ.
     """
+    _check_order(order, prompts, turns, "turns")
     written = [sum(turns[: i + 1]) for i in range(len(turns))]
     if how == "cascade":
         return sum(prompts[name] for name in set(order)) + input_length + written[-1] - 1
@@ -525,9 +590,12 @@ def tune_prompts(
         The loss of every step, nats per token.
 
     Raises:
-        ValueError: a name is unknown or writes no turn.
+        ValueError: there is no name, or one is unknown or writes no turn.
+        FloatingPointError: the loss is not finite; the message names the step.
     """
     check_sizes(steps=steps)
+    if not names:
+        raise ValueError("names must hold at least one prompt to tune, got none")
     for name in names:
         if name not in lm.prompts or name not in plan.order:
             raise ValueError(f"names must be prompts that write a turn of {plan.order}, got {name!r}")
@@ -548,6 +616,8 @@ def tune_prompts(
             torch.cat([f.flatten(0, 1) for f, _ in picked]),
             torch.cat([t[:, 1:].flatten() for _, t in picked]),
         )
+        if not loss.isfinite():
+            raise FloatingPointError(f"the loss is {loss.item()} at step {step}")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -569,8 +639,11 @@ def apply_skill(skill: str, items: Tensor, table: Tensor | None = None) -> Tenso
         int64, (B, m).
 
     Raises:
-        ValueError: unknown skill, or a lookup without a table.
+        ValueError: unknown skill, a lookup without a table or of what is no digit, or rows that differ in the
+            number of digits.
     """
+    if items.ndim != 2:
+        raise ValueError(f"items must be (B, n), got {tuple(items.shape)}")
     if skill not in SKILLS:
         raise ValueError(f"skill must be one of {', '.join(SKILLS)}, got {skill!r}")
     if skill == "sort":
@@ -580,8 +653,16 @@ def apply_skill(skill: str, items: Tensor, table: Tensor | None = None) -> Tenso
     if skill == "lookup":
         if table is None:
             raise ValueError("table must be given for a lookup, got None")
+        if table.shape != (len(items), DIGITS):
+            raise ValueError(f"table must be {(len(items), DIGITS)}, got {tuple(table.shape)}")
+        if items.numel() and not 0 <= int(items.min()) <= int(items.max()) < DIGITS:
+            raise ValueError(f"items must be digits, got {int(items.min())}..{int(items.max())}")
         return table.gather(1, items)
-    return items[items < DIGITS].view(len(items), -1)
+    digits = items < DIGITS
+    count = int(digits[:1].sum())
+    if (digits.sum(1) != count).any():
+        raise ValueError(f"items must have equally many digits in all rows, got {digits.sum(1).tolist()}")
+    return items[digits].view(len(items), count)
 
 
 def make_turn(output: Tensor) -> Tensor:
@@ -616,10 +697,13 @@ def make_input(
         Tokens (B, n), the list (B, kept + letters), and the table (B, 10) or None; all int64.
 
     Raises:
-        ValueError: more digits are wanted than there are.
+        ValueError: more digits are wanted than there are, or a size is out of range.
     """
-    if not 1 <= kept <= (pairs or DIGITS) <= DIGITS:
-        raise ValueError(f"kept must lie in 1..{pairs or DIGITS} and pairs in 0..10, got {kept} and {pairs}")
+    check_sizes(batch=batch, kept=kept)
+    if not 0 <= pairs <= DIGITS or letters < 0:
+        raise ValueError(f"pairs must lie in 0..{DIGITS} and letters not be negative, got {pairs}, {letters}")
+    if kept > (pairs or DIGITS):
+        raise ValueError(f"kept must lie in 1..{pairs or DIGITS}, got {kept}")
     digits = _distinct(batch, pairs or DIGITS, DIGITS, generator)
     items = digits.gather(1, _distinct(batch, kept, digits.shape[1], generator))
     table, head = None, items[:, :0]
@@ -687,7 +771,11 @@ def chain_words(tokens: Tensor) -> str:
 
     Returns:
         Words with spaces between them.
+
+    Raises:
+        TypeError, ValueError: the tokens are no integers of the vocabulary.
     """
+    _check_tokens("tokens[None]", tokens[None], VOCABULARY)
     names = [*"0123456789abcdefghij{}>.", *(f"<{skill}>" for skill in SKILLS)]
     return " ".join(names[t] for t in tokens.tolist())
 
@@ -741,12 +829,17 @@ def lookup_rows(
 
     Args:
         batch: rows, B.
-        most_pairs: largest table, at least 2.
+        most_pairs: largest table, from 2 to 10.
         generator: source of randomness; None for PyTorch's global one.
 
     Returns:
         As `skill_rows`.
+
+    Raises:
+        ValueError: a size is out of range.
     """
+    if not 2 <= most_pairs <= DIGITS:
+        raise ValueError(f"most_pairs must lie in 2..{DIGITS}, got {most_pairs}")
 
     def pick(low: int, high: int) -> int:
         return int(torch.randint(low, high + 1, (1,), generator=generator))
@@ -856,7 +949,11 @@ def skill_accuracy(
 
     Returns:
         Skill to the share of turns that are right in every token, every token read from the right beginning.
+
+    Raises:
+        ValueError: `count` is not positive.
     """
+    check_sizes(count=count)
     found = {}
     for skill in SKILLS:
         x, items, table = make_input(
@@ -956,8 +1053,9 @@ def plan_of(name: str, rounds: int = 1) -> Plan:
         The plan.
 
     Raises:
-        ValueError: unknown name.
+        ValueError: unknown name, or no positive number of rounds.
     """
+    check_sizes(rounds=rounds)
     if name not in PLANS:
         raise ValueError(f"name must be one of {'; '.join(PLANS)}, got {name!r}")
     layout, hide = PLANS[name]
@@ -977,6 +1075,9 @@ def save_chain(
         tuned: seed to task to name to model, as from `tune_task`.
         path: where to write.
         recipe: JSON values that say how the weights were made.
+
+    Raises:
+        ValueError: a task, a model or a prompt has a slash in its name, which separates them in the file.
     """
     from safetensors.torch import save_file
 
@@ -984,6 +1085,9 @@ def save_chain(
     for seed, tasks in tuned.items():
         for task, models in tasks.items():
             for name, lm in models.items():
+                for part in (task, name, *lm.prompts):
+                    if "/" in part:
+                        raise ValueError(f"tuned must have names without slashes, got {part!r}")
                 tensors |= {f"prompt/{seed}/{task}/{name}/{who}": v for who, v in lm.prompts.items()}
     about = {"format": "pt", "config": json.dumps(base.config), "recipe": json.dumps(recipe)}
     save_file(

@@ -14,16 +14,26 @@ import torch
 from torch import Tensor, nn
 
 # %% ../../nbs/attention/gaussian_adaptive_attention.ipynb #8f32136e
-def _axis(x: Tensor, axis: int) -> int:
-    """Check `x` and `axis`; the axis counted from the front."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
-    if not x.is_floating_point():
-        raise TypeError(f"x must be floating point, got {x.dtype}")
+def _check_axis(axis: int) -> None:
     if isinstance(axis, bool) or not isinstance(axis, int):
         raise TypeError(f"axis must be an int, got {axis!r}")
+
+
+def _check_eps(eps: float) -> None:
+    if not 0 < eps < math.inf:
+        raise ValueError(f"eps must be above 0 and finite, got {eps}")
+
+
+def _axis(x: Tensor, axis: int, name: str = "x") -> int:
+    """Check `x` and `axis`; the axis counted from the front."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {x.dtype}")
+    _check_axis(axis)
     if not -x.ndim <= axis < x.ndim:
-        raise ValueError(f"axis must lie in [{-x.ndim}, {x.ndim}) for x of shape {tuple(x.shape)}, got {axis}")
+        shape = tuple(x.shape)
+        raise ValueError(f"axis must lie in [{-x.ndim}, {x.ndim}) for {name} of shape {shape}, got {axis}")
     return axis % x.ndim
 
 
@@ -63,8 +73,7 @@ def standardise(
         TypeError, ValueError: bad `x`, `axis`, `padding_mask` or `eps`.
     """
     axis = _axis(x, axis)
-    if not eps > 0:
-        raise ValueError(f"eps must be above 0, got {eps}")
+    _check_eps(eps)
     mask = _padding(padding_mask, x, axis)
     if x.dtype in (torch.float16, torch.bfloat16):
         x = x.float()
@@ -138,8 +147,12 @@ def equivalent_gaussian(offsets: Tensor, scales: Tensor) -> tuple[Tensor, Tensor
         Centre and width, (...), in the units of `offsets` and `scales`.
 
     Raises:
-        ValueError: the shapes differ or K is 0.
+        TypeError, ValueError: no floating point tensors, the shapes differ, or K is 0.
     """
+    for name, value in (("offsets", offsets), ("scales", scales)):
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            kind = getattr(value, "dtype", type(value).__name__)
+            raise TypeError(f"{name} must be a floating point tensor, got {kind}")
     if offsets.shape != scales.shape or offsets.ndim < 1 or not offsets.shape[-1]:
         shapes = f"{tuple(offsets.shape)} and {tuple(scales.shape)}"
         raise ValueError(f"offsets and scales must both be (..., K), got {shapes}")
@@ -184,6 +197,7 @@ def gaussian_weights(
     _one_of("units", units, UNITS)
     axis = _axis(x, axis)
     z, sigma = standardise(x, axis, padding_mask=padding_mask, eps=eps)
+    _check_gaussians(offsets, scales)
     offsets, scales = offsets.to(z.dtype), scales.to(z.dtype)
     sigma = sigma if units == "data" else None
     logits = gaussian_logits(z, offsets, scales, combine=combine, sigma=sigma)
@@ -223,6 +237,7 @@ def released_weights(
     Source: package gaussian-adaptive-attention 0.1.5 of the authors.
     """
     axis = _axis(x, axis)
+    _check_eps(eps)
     _check_gaussians(offsets, scales)
     if x.shape[axis] < 2:
         raise ValueError(f"x must have at least 2 positions along axis {axis}, got {x.shape[axis]}")
@@ -276,6 +291,8 @@ class GaussianAdaptiveAttention(nn.Module):
         _one_of("combine", combine, COMBINE)
         _one_of("units", units, UNITS)
         _one_of("init", init, ("spread", "released"))
+        _check_axis(axis)
+        _check_eps(eps)
         self.axis, self.combine, self.units, self.eps = axis, combine, units, eps
         if init == "spread":
             offsets = torch.linspace(-1.5, 1.5, n_gauss) if n_gauss > 1 else torch.zeros(1)
@@ -334,10 +351,12 @@ def head_slices(length: int, heads: int) -> list[slice]:
         heads: number of pieces.
 
     Raises:
-        ValueError: `heads` is not a positive integer, or more than `length`.
+        ValueError: `heads` is not a positive integer, or more than `length`, or that is not an integer.
     """
     if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1:
         raise ValueError(f"heads must be a positive integer, got {heads!r}")
+    if isinstance(length, bool) or not isinstance(length, int):
+        raise ValueError(f"length must be an integer, got {length!r}")
     if length < heads:
         raise ValueError(f"heads must be at most the length of the axis, {length}, got {heads}")
     size = length // heads
@@ -417,7 +436,7 @@ class GaussianBlock(nn.Module):
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """Transform `x`; `padding_mask` broadcasts to `x` with its number of dimensions, e.g. (B, L, 1)."""
-        if padding_mask is not None and padding_mask.ndim != x.ndim:
+        if isinstance(padding_mask, Tensor) and padding_mask.ndim != x.ndim:
             raise ValueError(
                 f"padding_mask must have the {x.ndim} dimensions of x (layers differ in their axis), "
                 f"got {padding_mask.ndim}"
@@ -443,15 +462,17 @@ def importance_factor(weights: Tensor, *, padding_mask: Tensor | None = None, ax
 
     Source: Ioannides et al. 2024, the importance factor; the minimum and maximum run over each example by itself.
     """
-    axis = _axis(weights, axis)
+    axis = _axis(weights, axis, "weights")
     if weights.ndim < 2:
         raise ValueError(f"weights must have a batch and at least one more dimension, got {tuple(weights.shape)}")
     mask = _padding(padding_mask, weights, axis)
+    if not weights.numel():
+        return weights.clone()
     dims = tuple(range(1, weights.ndim))
     low = weights if mask is None else weights.masked_fill(mask, math.inf)
     high = weights if mask is None else weights.masked_fill(mask, -math.inf)
     low, high = low.amin(dims, keepdim=True), high.amax(dims, keepdim=True)
     span = high - low
     factor = (weights - low) / torch.where(span > 0, span, torch.ones_like(span))
-    factor = factor.masked_fill(~(span > 0), 0)
+    factor = factor.masked_fill(span <= 0, 0)  # not ~(span > 0): NaN must show
     return factor if mask is None else factor.masked_fill(mask, 0)

@@ -23,6 +23,7 @@ from paperbench.attention.core import (
     softmax_cost,
     softmax_weights,
     visible_keys,
+    without_ignored,
 )
 
 # %% ../../nbs/attention/hyperattention.ipynb #7dfb972f
@@ -168,11 +169,15 @@ def sort_blocks(
         The `Blocks`.
 
     Raises:
-        ValueError: `block` or `bits` is not a positive integer, or an option is unknown.
+        TypeError, ValueError: see `paperbench.attention.core.check_qkv`; there is no key; `block` or `bits`
+            is not a positive integer, or an option is unknown.
 
     Source: Han et al. 2023, algorithm 1.
     """
+    check_qkv(q, k, k)
     check_sizes(block=block, bits=bits)
+    if not k.shape[2]:
+        raise ValueError(f"k must hold at least one key, got {tuple(k.shape)}")
     if pairing not in PAIRINGS:
         raise ValueError(f"pairing must be one of {', '.join(PAIRINGS)}, got {pairing!r}")
     if align not in ALIGNMENTS:
@@ -229,11 +234,12 @@ def planted_clusters(
         q, k, v, each float32 (B, H, n, D). The value of a key is that of its cluster plus unit noise.
 
     Raises:
-        ValueError: a size is not a positive integer, or `noise` is negative.
+        ValueError: a size is not a positive integer, or `noise` or `score` is negative or not finite.
     """
     check_sizes(n=n, head_dim=head_dim, batch=batch, heads=heads, cluster=cluster)
-    if noise < 0:
-        raise ValueError(f"noise must not be negative, got {noise}")
+    for name, value in (("noise", noise), ("score", score)):
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be finite and not negative, got {value}")
 
     def normal(*shape: int) -> Tensor:
         device = None if generator is None else generator.device
@@ -260,6 +266,18 @@ def _cut(x: Tensor, count: int, size: int) -> Tensor:
     return F.pad(x, (0, 0, 0, count * size - x.shape[2])).unflatten(2, (count, size))
 
 
+def _check_blocks(blocks: Blocks | None, q: Tensor, k: Tensor) -> None:
+    """Raise if `blocks` are not None or those of as many queries and keys."""
+    if blocks is None:
+        return
+    found, wanted = (blocks.query_block.shape, blocks.key_block.shape), (q.shape[:3], k.shape[:3])
+    if found != wanted:
+        raise ValueError(
+            f"blocks must be of queries {tuple(wanted[0])} and keys {tuple(wanted[1])}, "
+            f"got {tuple(found[0])} and {tuple(found[1])}"
+        )
+
+
 def block_attention(
     q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, *, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -275,8 +293,13 @@ def block_attention(
     Returns:
         (B, H, N, E), and the log of the denominators (B, H, N), in the order of the input.
 
+    Raises:
+        TypeError, ValueError: see `paperbench.attention.core.check_qkv`; or `blocks` are those of others.
+
     Source: Han et al. 2023, section 3.
     """
+    check_qkv(q, k, v, scale=scale)
+    _check_blocks(blocks, q, k)
     scale = q.shape[3] ** -0.5 if scale is None else scale
     n, m, count, size = q.shape[2], k.shape[2], blocks.count, blocks.size
     keys, values = (_cut(_take(x, blocks.key_order), count, size) for x in (k, v))
@@ -313,11 +336,14 @@ def draw_keys(
         Indices of keys, int64 (B, H, m), and the logs of the factors, (B, H, m), in the dtype of `v`.
 
     Raises:
-        ValueError: `samples` is not a positive integer or `sampling` is unknown.
+        ValueError: `v` is not (B, H, M, E) with M at least 1, `samples` is not a positive integer or
+            `sampling` is unknown.
 
     Source: Han et al. 2023, algorithm 2 and section 2.2.
     """
     check_sizes(samples=samples)
+    if v.ndim != 4 or not v.shape[2]:
+        raise ValueError(f"v must be (B, H, M, E) with M at least 1, got {tuple(v.shape)}")
     if sampling not in SAMPLINGS:
         raise ValueError(f"sampling must be one of {', '.join(SAMPLINGS)}, got {sampling!r}")
     m = v.shape[2]
@@ -361,10 +387,13 @@ def sampled_attention(
         outside.
 
     Raises:
-        ValueError: see `draw_keys`.
+        TypeError, ValueError: see `draw_keys` and `paperbench.attention.core.check_qkv`; or `blocks` are
+            those of others.
 
     Source: Han et al. 2023, algorithm 3.
     """
+    check_qkv(q, k, v, scale=scale)
+    _check_blocks(blocks, q, k)
     scale = q.shape[3] ** -0.5 if scale is None else scale
     chosen, log_factor = draw_keys(v, samples, sampling=sampling, generator=generator)
     scores = scale * q @ _take(k, chosen).mT + log_factor[:, :, None]
@@ -401,17 +430,22 @@ def approx_log_d(
         (B, H, N). Without `kappa` the exponential is unbiased.
 
     Raises:
-        ValueError: `samples` is not a positive integer, `kappa` less than 1 or `cap` not positive.
+        TypeError, ValueError: see `paperbench.attention.core.check_qkv`; `samples` is not a positive integer,
+            `kappa` less than 1 or infinite, `cap` not positive, or `blocks` are those of others.
 
     Source: Han et al. 2023, algorithm 2.
     """
-    if kappa is not None and not kappa >= 1:
-        raise ValueError(f"kappa must be at least 1, got {kappa}")
+    check_qkv(q, k, k, scale=scale)
+    _check_blocks(blocks, q, k)
+    if kappa is not None and not 1 <= kappa < math.inf:
+        raise ValueError(f"kappa must be at least 1 and finite, got {kappa}")
     if not cap > 0:
         raise ValueError(f"cap must be positive, got {cap}")
     scale = q.shape[3] ** -0.5 if scale is None else scale
     n, m = q.shape[2], k.shape[2]
     known = torch.full_like(q[..., 0], -math.inf)
+    if not n:
+        return known
     if blocks is not None:
         known = block_attention(q, k, k, blocks, scale=scale)[1]
     chosen, log_factor = draw_keys(k, samples, generator=generator)
@@ -436,7 +470,7 @@ class Hardness(NamedTuple):
     """The two numbers on which the paper's guarantee depends, for every head."""
 
     alpha: Tensor  #: (B, H), N times the largest squared column norm of the attention matrix; 1 at best
-    kappa: Tensor  #: (B, H), largest over smallest row sum outside the blocks; 1 at best
+    kappa: Tensor  #: (B, H), largest over smallest row sum outside the blocks; 1 at best (or nothing outside)
 
 
 def hardness(q: Tensor, k: Tensor, blocks: Blocks | None = None, *, scale: float | None = None) -> Hardness:
@@ -452,10 +486,15 @@ def hardness(q: Tensor, k: Tensor, blocks: Blocks | None = None, *, scale: float
         The `Hardness` of every head.
 
     Raises:
-        TypeError, ValueError: see `paperbench.attention.core.check_qkv`.
+        TypeError, ValueError: see `paperbench.attention.core.check_qkv`; there is no query or no key; or
+            `blocks` are those of others.
 
     Source: Han et al. 2023, section 2.2.
     """
+    check_qkv(q, k, k, scale=scale)
+    _check_blocks(blocks, q, k)
+    if not q.shape[2] or not k.shape[2]:
+        raise ValueError(f"q and k must hold at least one row, got {tuple(q.shape)} and {tuple(k.shape)}")
     weights = softmax_weights(q, k, scale=scale)
     alpha = q.shape[2] * weights.square().sum(2).amax(-1)
     scale = q.shape[3] ** -0.5 if scale is None else scale
@@ -464,7 +503,8 @@ def hardness(q: Tensor, k: Tensor, blocks: Blocks | None = None, *, scale: float
         same = blocks.query_block[..., None] == blocks.key_block[:, :, None]
         scores = scores.masked_fill(same, -math.inf)
     sums = scores.logsumexp(-1)
-    return Hardness(alpha, (sums.amax(-1) - sums.amin(-1)).exp())
+    top = sums.amax(-1)
+    return Hardness(alpha, (top - sums.amin(-1)).masked_fill(top == -math.inf, 0.0).exp())
 
 # %% ../../nbs/attention/hyperattention.ipynb #16ea5d1d
 Part = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
@@ -529,7 +569,8 @@ def hyper_attention(
         v: values, (B, H, M, E).
         causal: query i sees the keys j <= i + M - N. With `align="rank"` the *choice* of keys for a query can
             depend on later queries, although no later key or value is used; with "keys" it cannot.
-        key_padding_mask: bool, (B, M); True marks a key to ignore. Sequences are then processed one by one.
+        key_padding_mask: bool, (B, M); True marks a key to ignore, whatever it holds. Sequences are then
+            processed one by one.
         scale: factor on q . k; None means 1 / sqrt(D).
         block: b, keys in a block; 0 for no blocks.
         samples: m, keys sampled for each head; 0 for none, M or more for an exact result.
@@ -550,8 +591,10 @@ def hyper_attention(
 
     Source: Han et al. 2023, algorithms 3 and 4.
     """
-    check_qkv(q, k, v, causal=causal, key_padding_mask=key_padding_mask)
+    check_qkv(q, k, v, causal=causal, key_padding_mask=key_padding_mask, scale=scale)
     check_sizes(bits=bits, min_length=min_length)
+    if bits > 30:
+        raise ValueError(f"bits must be 1 to 30, got {bits}")
     for name, value in (("block", block), ("samples", samples)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise ValueError(f"{name} must be an integer of at least 0, got {value!r}")
@@ -564,6 +607,7 @@ def hyper_attention(
     ):
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+    k, v = without_ignored(k, v, key_padding_mask)
     dtype, scale = v.dtype, q.shape[3] ** -0.5 if scale is None else scale
     if dtype in (torch.float16, torch.bfloat16):
         q, k, v = q.float(), k.float(), v.float()

@@ -25,7 +25,15 @@ from torch import Tensor, nn
 
 from .core import Cost, check_sizes, softmax_attention, trained_qkv
 from ..models.core import record, weights_folder
-from ..models.decoder import Attention, Decoder, KVCache, Step, rotate, train_decoder
+from paperbench.models.decoder import (
+    Attention,
+    Decoder,
+    KVCache,
+    SoftmaxAttention,
+    Step,
+    rotate,
+    train_decoder,
+)
 
 # %% ../../nbs/attention/lime_layer_memory.ipynb #be2151b0
 def mix_sources(weights: Tensor, sources: Sequence[Tensor]) -> Tensor:
@@ -44,11 +52,13 @@ def mix_sources(weights: Tensor, sources: Sequence[Tensor]) -> Tensor:
 
     Source: Gerasimov et al. 2025 (arXiv:2502.09245), the definition of LIMe.
     """
-    if weights.ndim not in (3, 5) or weights.shape[-3] != len(sources) or not sources:
+    if weights.ndim not in (3, 5) or weights.shape[-3] != len(sources) or not len(sources):
         raise ValueError(
             f"weights must be (S, G', G) or (B, N, S, G', G) with S = {len(sources)} > 0 sources, "
             f"got {tuple(weights.shape)}"
         )
+    if sources[0].ndim != 4:
+        raise ValueError(f"sources[0] must be (B, G, N, E), got {tuple(sources[0].shape)}")
     batch, heads, length, width = sources[0].shape
     for number, source in enumerate(sources):
         if (
@@ -92,15 +102,22 @@ def keep_largest(weights: Tensor, count: int) -> Tensor:
         The shape of `weights`.
 
     Raises:
-        ValueError: `count` is not positive.
+        ValueError: `count` is not positive, or the weights have fewer than three dimensions.
     """
     check_sizes(count=count)
+    if weights.ndim < 3:
+        raise ValueError(f"weights must be (..., S, G', G), got {tuple(weights.shape)}")
     *_, sources, _, heads = weights.shape
     if count >= sources * heads:
         return weights
     size = weights.detach().abs().transpose(-3, -2).flatten(-2)  # (..., G', S G)
     kept = torch.zeros_like(size, dtype=torch.bool).scatter(-1, size.topk(count, dim=-1).indices, True)
     return weights * kept.unflatten(-1, (sources, heads)).transpose(-3, -2)
+
+
+def _check_layer(layer: int) -> None:
+    if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
+        raise ValueError(f"layer must not be negative, and an integer, got {layer!r}")
 
 
 class LayerRouter(nn.Module):
@@ -134,8 +151,7 @@ class LayerRouter(nn.Module):
     ) -> None:
         super().__init__()
         check_sizes(heads=heads, **({} if top_k is None else {"top_k": top_k}))
-        if layer < 0:
-            raise ValueError(f"layer must not be negative, got {layer}")
+        _check_layer(layer)
         for name, value, known in (("mode", mode, ROUTERS), ("init", init, STARTS)):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
@@ -148,7 +164,9 @@ class LayerRouter(nn.Module):
         if mode == "dynamic":
             if dim is None:
                 raise ValueError("dim must be given for a dynamic router, got None")
-            self.token = nn.Linear(dim, weight.numel(), bias=False)
+            check_sizes(dim=dim)
+            with torch.random.fork_rng(devices=[]):  # its start is zero and must not use up random numbers
+                self.token = nn.Linear(dim, weight.numel(), bias=False)
             nn.init.zeros_(self.token.weight)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -284,7 +302,21 @@ class LIMeDecoder(Decoder):
 
         Returns:
             The copy, with the dtype, device and mode of `model`.
+
+        Raises:
+            TypeError: the model is no `Decoder`.
+            ValueError: the model is a `Decoder` with other parts, which the copy would not have.
         """
+        if not isinstance(model, Decoder):
+            raise TypeError(f"model must be a Decoder, got {type(model).__name__}")
+        if type(model) is not Decoder or any(
+            type(block.attention) is not Attention or type(block.attention.core) is not SoftmaxAttention
+            for block in model.blocks
+        ):
+            raise ValueError(
+                f"model must be a plain Decoder with its own attention, got a {type(model).__name__} with "
+                "other parts"
+            )
         weight = model.embed.weight
         with torch.random.fork_rng(devices=[]):
             made = cls(mode=mode, init="identity", top_k=top_k, **model.config)
@@ -375,8 +407,7 @@ def lime_cost(
         ValueError: a size is not positive, or more is kept than there is.
     """
     check_sizes(kv_heads=kv_heads, head_dim=head_dim, tokens=tokens, batch=batch, itemsize=itemsize)
-    if layer < 0:
-        raise ValueError(f"layer must not be negative, got {layer}")
+    _check_layer(layer)
     entries = (layer + 1) * kv_heads * kv_heads
     kept = entries if kept is None else kept
     if not 0 <= kept <= entries:
@@ -391,6 +422,11 @@ def lime_cost(
     return Cost(operations, rows * (layer + 2) * source, rows * (layer + 1) * source, 0)
 
 # %% ../../nbs/attention/lime_layer_memory.ipynb #2d4b2763
+def _check_lime(model: Decoder) -> None:
+    if not isinstance(model, LIMeDecoder):
+        raise TypeError(f"model must be a LIMeDecoder, got {type(model).__name__}")
+
+
 @torch.no_grad()
 def routed(model: LIMeDecoder, tokens: Tensor) -> list[tuple[Tensor, list[Tensor]]]:
     """Router weights and sources of all layers on a text.
@@ -402,7 +438,14 @@ def routed(model: LIMeDecoder, tokens: Tensor) -> list[tuple[Tensor, list[Tensor
     Returns:
         For every layer its weights, (S, G, G) or (B, N, S, G, G), and its S sources (B, G, N, 2 D). The first
         layer has the identity.
+
+    Raises:
+        TypeError: the model is no `LIMeDecoder`.
+        ValueError: there is no token.
     """
+    _check_lime(model)
+    if not tokens.numel():
+        raise ValueError(f"tokens must be (B, N) with at least one token, got {tuple(tokens.shape)}")
     names = [f"blocks.{i}.attention.router" for i in range(1, len(model.blocks))]
     x, step = model.prepare(tokens)
     with record(model, *names) as tape:
@@ -477,8 +520,10 @@ def prune_routers(model: LIMeDecoder, share: float) -> LIMeDecoder:
         The copy.
 
     Raises:
+        TypeError: the model is no `LIMeDecoder`.
         ValueError: `share` is out of range, or a router is dynamic.
     """
+    _check_lime(model)
     if not 0 < share <= 1:
         raise ValueError(f"share must lie in (0, 1], got {share}")
     if model.config["mode"] != "static":
@@ -525,7 +570,9 @@ def matrix_entropy(x: Tensor, alpha: float = 1.0) -> Tensor:
         return torch.special.entr(shares).sum(-1)
     if math.isinf(alpha):
         return -shares.amax(-1).log()
-    return (shares.pow(alpha).where(shares > 0, 0.0)).sum(-1).log() / (1 - alpha)
+    top = shares.amax(-1, keepdim=True)  # taken out, so that a large order does not underflow
+    powers = (shares / top).pow(alpha).where(shares > 0, 0.0)
+    return (powers.sum(-1).log() + alpha * top[..., 0].log()) / (1 - alpha)
 
 
 def read_values(model: Decoder, tokens: Tensor) -> Tensor:
@@ -551,7 +598,14 @@ def standardize(features: Tensor) -> Tensor:
 
     Returns:
         The same shape; coordinates that do not vary become 0.
+
+    Raises:
+        ValueError: the features are not floating point, or have fewer than three dimensions.
     """
+    if features.ndim < 3 or not features.is_floating_point():
+        raise ValueError(
+            f"features must be floating point (..., B, N, d), got {features.dtype} {tuple(features.shape)}"
+        )
     centred = features - features.mean((-3, -2), keepdim=True)
     return centred / (centred.square().mean((-3, -2), keepdim=True).sqrt() + 1e-5)
 
@@ -574,18 +628,28 @@ def probe_accuracy(
         (...), float64.
 
     Raises:
-        ValueError: shapes do not fit, a label is out of range, or no row is left on a side.
+        TypeError: the labels are not int64.
+        ValueError: shapes do not fit, a label is out of range, a feature is not finite, the penalty is
+            negative, or fewer than two rows are left to fit on, or none to test on.
     """
     if features.ndim < 2 or labels.shape != features.shape[-2:-1]:
         raise ValueError(
             f"labels must be (n,) for features (..., n, d), got {tuple(labels.shape)} and "
             f"{tuple(features.shape)}"
         )
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels must be int64, got {labels.dtype}")
+    if not features.isfinite().all():
+        raise ValueError("features must be finite")
+    if not ridge >= 0:
+        raise ValueError(f"ridge must not be negative, got {ridge}")
     if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         raise ValueError(f"labels must lie in 0..{classes - 1}, got {int(labels.min())}..{int(labels.max())}")
-    split = round(train * len(labels))
-    if not 0 < split < len(labels):
-        raise ValueError(f"train must leave rows on both sides of {len(labels)}, got {train}")
+    split = round(train * len(labels)) if 0 <= train <= 1 else 0
+    if not 1 < split < len(labels):  # a single row has no deviation
+        raise ValueError(
+            f"train must leave at least two of {len(labels)} rows to fit on and one to test on, got {train}"
+        )
     x, y = features.double(), F.one_hot(labels, classes).double()
     mean, deviation = x[..., :split, :].mean(-2, keepdim=True), x[..., :split, :].std(-2, keepdim=True)
     x = F.pad((x - mean) / (deviation + 1e-9), (0, 1), value=1.0)
@@ -620,6 +684,8 @@ def solve_stepwise(expression: str) -> list[str]:
         value = {"+": a + b, "-": a - b, "*": a * b}[found[2]] % 10
         expression = f"{expression[: found.start()]}{value}{expression[found.end() :]}"
         lines.append(expression)
+    if expression not in tuple("0123456789"):
+        raise ValueError(f"expression must be digits, + - * and full brackets, got {expression!r}")
     return lines
 
 
@@ -665,7 +731,14 @@ def spell(tokens: Tensor) -> str:
 
     Args:
         tokens: int64, (n,), places in `SYMBOLS`.
+
+    Raises:
+        ValueError: a token is none.
     """
+    if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < len(SYMBOLS):
+        raise ValueError(
+            f"tokens must lie in 0..{len(SYMBOLS) - 1}, got {int(tokens.min())}..{int(tokens.max())}"
+        )
     return "".join(SYMBOLS[t] for t in tokens.tolist())
 
 
@@ -681,8 +754,15 @@ def solution_scores(model: Decoder, rows: Tensor, start: int | None = None) -> t
     Returns:
         Cross-entropy of the solution, nats a token, and the share of solutions in which every token is the
         likeliest one (which greedy decoding therefore writes without a mistake).
+
+    Raises:
+        ValueError: there are no rows, or `start` is not a place between the first token and the end.
     """
     start = solution_start() if start is None else start
+    if rows.ndim != 2 or not len(rows):
+        raise ValueError(f"rows must be (count, length) with at least one row, got {tuple(rows.shape)}")
+    if not 1 <= start < rows.shape[1]:
+        raise ValueError(f"start must lie in 1..{rows.shape[1] - 1} for these rows, got {start}")
     loss, right = 0.0, 0
     for part in rows.split(256):
         logits, wanted = model(part[:, :-1])[:, start - 1 :], part[:, start:]
@@ -865,12 +945,16 @@ def save_solvers(solvers: Sequence[Solver], path: Path) -> None:
         path: where to write.
 
     Raises:
-        ValueError: the kinds differ.
+        ValueError: the kinds differ or the steps of the records do, or a seed comes twice.
     """
     from safetensors.torch import save_file
 
     if len({s.kind for s in solvers}) != 1:
         raise ValueError(f"solvers must be of one kind, got {sorted({s.kind for s in solvers})}")
+    if len({s.seed for s in solvers}) != len(solvers):
+        raise ValueError(f"solvers must have different seeds, got {[s.seed for s in solvers]}")
+    if any(s.steps != solvers[0].steps for s in solvers):
+        raise ValueError(f"solvers must be recorded at the same steps, got {[s.steps for s in solvers]}")
     tensors = {}
     for solver in solvers:
         for name, value in solver.model.state_dict().items():

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .core import Cost, check_qkv, check_sizes, visible_keys
+from .core import Cost, check_qkv, check_sizes, visible_keys, without_ignored
 from ..kernels.linear_attention import linear_attention as kernel
 from ..models.core import load
 from ..models.text_linear import TextLM
@@ -254,7 +254,8 @@ def linear_attention_noncausal(
 
     Source: Katharopoulos et al. 2020, equation 6.
     """
-    check_qkv(q, k, v, key_padding_mask=key_padding_mask)
+    check_qkv(q, k, v, key_padding_mask=key_padding_mask, scale=scale)
+    k, v = without_ignored(k, v, key_padding_mask)
     phi_q, phi_k = _features(q, k, feature_map, scale, key_padding_mask)
     memory = phi_k.mT @ v.to(phi_k.dtype)
     denominator = phi_q @ phi_k.sum(2)[..., None]
@@ -290,7 +291,8 @@ def linear_attention_weights(
 
     Source: Katharopoulos et al. 2020, equation 3.
     """
-    check_qkv(q, k, k, causal=causal, key_padding_mask=key_padding_mask)
+    check_qkv(q, k, k, causal=causal, key_padding_mask=key_padding_mask, scale=scale)
+    k, _ = without_ignored(k, k, key_padding_mask)
     phi_q, phi_k = _features(q, k, feature_map, scale, None)
     visible = visible_keys(q, k, causal=causal, key_padding_mask=key_padding_mask)
     weights = (phi_q @ phi_k.mT).masked_fill(~visible, 0)
@@ -385,7 +387,8 @@ def causal_linear_attention(
 
     Source: Katharopoulos et al. 2020, equations 8 to 12 and algorithm 1.
     """
-    check_qkv(q, k, v, key_padding_mask=key_padding_mask)
+    check_qkv(q, k, v, key_padding_mask=key_padding_mask, scale=scale)
+    k, v = without_ignored(k, v, key_padding_mask)
     check_sizes(chunk_size=chunk_size)
     if q.shape[2] != k.shape[2]:
         raise ValueError(
@@ -416,7 +419,7 @@ def causal_linear_attention(
 def _check_state(state: LinearState | None, shape: tuple[int, int, int, int], like: Tensor) -> LinearState:
     """The given state if it fits, a state of zeros if none is given."""
     if state is None:
-        return LinearState.zeros(*shape, dtype=like.dtype, device=like.device)
+        return LinearState(like.new_zeros(shape), like.new_zeros(shape[:3]))
     if not isinstance(state, LinearState):
         raise TypeError(f"state must be a LinearState or None, got {type(state).__name__}")
     if state.memory.shape != shape or state.normaliser.shape != shape[:3]:
@@ -505,7 +508,8 @@ def linear_attention(
     Raises:
         TypeError, ValueError: see `paperbench.attention.core.check_qkv`.
     """
-    check_qkv(q, k, v, causal=causal, key_padding_mask=key_padding_mask)
+    check_qkv(q, k, v, causal=causal, key_padding_mask=key_padding_mask, scale=scale)
+    k, v = without_ignored(k, v, key_padding_mask)
     options: dict[str, Any] = dict(feature_map=feature_map, scale=scale, eps=eps)
     if not causal:
         return linear_attention_noncausal(q, k, v, key_padding_mask=key_padding_mask, **options)

@@ -24,13 +24,13 @@ def effective_distance(queries: int, keys: int | None = None, *, max_distance: f
     Args:
         queries: N; they are the last N of the M positions.
         keys: M; None for N.
-        max_distance: the ceiling c; infinity for none.
+        max_distance: the ceiling c, a non-negative integer; infinity for none.
 
     Returns:
         int64, (N, M): min(i - j, c); negative where the key lies in the future.
 
     Raises:
-        ValueError: sizes do not fit.
+        ValueError: sizes do not fit, or a bad ceiling.
 
     Source: Han et al. 2023 (arXiv:2308.16137), section 4, "distance ceiling".
     """
@@ -38,6 +38,8 @@ def effective_distance(queries: int, keys: int | None = None, *, max_distance: f
     check_sizes(queries=queries, keys=keys)
     if keys < queries:
         raise ValueError(f"keys must be at least queries = {queries}, got {keys}")
+    if not max_distance >= 0 or (not math.isinf(max_distance) and max_distance != int(max_distance)):
+        raise ValueError(f"max_distance must be a non-negative integer or infinity, got {max_distance!r}")
     distance = torch.arange(keys - queries, keys)[:, None] - torch.arange(keys)
     return distance if math.isinf(max_distance) else distance.clamp(max=int(max_distance))
 
@@ -121,7 +123,8 @@ def lambda_attention(
         k: keys, (B, H, M, D).
         v: values, (B, H, M, E).
         causal: must be true.
-        key_padding_mask: bool, (B, M); True marks a key to ignore. "First" and "latest" count the others.
+        key_padding_mask: bool, (B, M); True marks a key to ignore, whatever it holds. "First" and "latest"
+            count the others.
         scale: factor on q . k; None means 1 / sqrt(D).
         n_start: first tokens that every later token sees; 0 for a plain window.
         window: latest tokens that a token sees, itself included.
@@ -140,7 +143,7 @@ def lambda_attention(
     Source: Han et al. 2023 (arXiv:2308.16137), section 4. The paper's window is the length of training, and
         so is its ceiling. Start tokens inside the window have their true distance.
     """
-    check_qkv(q, k, v, causal=causal, key_padding_mask=key_padding_mask)
+    check_qkv(q, k, v, causal=causal, key_padding_mask=key_padding_mask, scale=scale)
     ceiling = _check_options(n_start, window, max_distance)
     if not causal:
         raise ValueError("causal must be True: the mask of this attention looks back only")
@@ -354,8 +357,10 @@ class LambdaKVCache:
             The position of the first new token.
 
         Raises:
-            ValueError: padding is given.
+            ValueError: `count` is not a non-negative integer, or padding is given.
         """
+        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+            raise ValueError(f"count must be a non-negative integer, got {count!r}")
         if padding is not None:
             raise ValueError("padding must be None: the rows of a LambdaKVCache have equal lengths")
         start = self.seen
@@ -374,7 +379,20 @@ class LambdaKVCache:
         Returns:
             Keys and values that the new tokens may see, the new ones last, (B, H, S + N, D), and the number
             of tokens dropped between the pinned ones and the rest. Gradients flow into the new ones.
+
+        Raises:
+            ValueError: `keys` and `values` do not fit the cache, or are not the tokens that `extend` announced.
         """
+        _, layers, batch, heads, _, width = self._data.shape
+        wanted = (batch, heads, self.seen - start, width)
+        if not 0 <= layer < layers:
+            raise ValueError(f"layer must lie in 0..{layers - 1}, got {layer}")
+        for name, x in (("keys", keys), ("values", values)):
+            if x.shape != wanted or x.dtype != self._data.dtype:
+                raise ValueError(
+                    f"{name} must be {self._data.dtype}, (B, H, N, D) = {wanted} for the tokens announced "
+                    f"since {start}, got {x.dtype} {tuple(x.shape)}"
+                )
         old = self.held(start)
         slots = self._slots(old)
         past = self._data[:, layer][:, :, :, slots]
@@ -552,16 +570,23 @@ def logits_by_distance(
         base: of the rotary angles.
 
     Returns:
-        (B, H, N, S).
+        (B, H, N, S), float32 for half inputs, else the dtype of `q`.
 
     Raises:
-        ValueError: shapes do not fit.
+        TypeError, ValueError: see `check_qkv`; or shapes do not fit, D is odd, or `base` is not positive.
     """
-    if q.ndim != 4 or q.shape != k.shape or distances.ndim != 1:
+    check_qkv(q, k, k, scale=scale)
+    if q.shape != k.shape or not isinstance(distances, Tensor) or distances.ndim != 1:
         raise ValueError(
-            "q and k must both be (B, H, N, D) and distances (S,), "
-            f"got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(distances.shape)}"
+            "q and k must both be (B, H, N, D) and distances a tensor (S,), "
+            f"got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(getattr(distances, 'shape', ()))}"
         )
+    if q.shape[3] % 2 or not base > 0:
+        raise ValueError(
+            f"base must be positive and heads of even width, got base {base}, width {q.shape[3]}"
+        )
+    kind = torch.promote_types(q.dtype, torch.float32)
+    q, k = q.to(kind), k.to(kind)  # angles of large distances do not fit into half precision
     scale = q.shape[3] ** -0.5 if scale is None else scale
     half = q.shape[3] // 2
     # s(d) is a sum of cosines and sines; rotating one side by every distance would need S copies of it
@@ -584,11 +609,13 @@ def unseen_pairs(width: int, length: int, base: float = 10_000.0) -> int:
         From 0 to width / 2: pairs for which a larger distance brings phases that were never trained.
 
     Raises:
-        ValueError: a size is not a positive integer, or `width` is odd.
+        ValueError: a size is not a positive integer, `width` is odd, or `base` is not positive.
     """
     check_sizes(width=width, length=length)
     if width % 2:
         raise ValueError(f"width must be even, got {width}")
+    if not base > 0:
+        raise ValueError(f"base must be positive, got {base}")
     return sum(2 * math.pi * base ** (2 * f / width) > length for f in range(width // 2))
 
 
@@ -603,11 +630,11 @@ def entropy_floor(keys: int, spread: Tensor) -> Tensor:
         (...), nats: ln(1 + (n - 1) exp(-r)).
 
     Raises:
-        ValueError: `keys` is not a positive integer or a spread is negative.
+        ValueError: `keys` is not a positive integer or a spread is negative or NaN.
 
     Source: this page's derivation; Han et al. 2023 state the weaker ln n - r.
     """
     check_sizes(keys=keys)
-    if spread.numel() and spread.min() < 0:
-        raise ValueError(f"spread must not be negative, got {spread.min().item():.3g}")
+    if not (spread >= 0).all():
+        raise ValueError(f"spread must not be negative or NaN, got {spread.min().item():.3g}")
     return torch.log1p((keys - 1) * (-spread).exp())

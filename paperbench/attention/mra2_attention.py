@@ -29,7 +29,7 @@ def block_means(x: Tensor, size: int, padding: Tensor | None = None) -> tuple[Te
 
     Returns:
         Means, (B, H, ceil(N / size), D), zero for an empty block, and the number of rows that each is the mean
-        of, (B, ceil(N / size)), in the dtype of `x`.
+        of, (B, ceil(N / size)), in the dtype of `x`; half precision is summed in float32.
 
     Raises:
         TypeError, ValueError: a bad size, or `padding` is not bool of shape (B, N).
@@ -37,6 +37,8 @@ def block_means(x: Tensor, size: int, padding: Tensor | None = None) -> tuple[Te
     check_sizes(size=size)
     if x.ndim != 4 or not x.is_floating_point():
         raise ValueError(f"x must be a float tensor (B, H, N, D), got {x.dtype} {tuple(x.shape)}")
+    dtype = x.dtype
+    x = x.to(torch.promote_types(dtype, torch.float32))  # a sum of half precision can overflow
     keep = torch.ones(x.shape[0], x.shape[2], dtype=x.dtype, device=x.device)
     if padding is not None:
         _check_mask("padding", padding, x)
@@ -45,7 +47,7 @@ def block_means(x: Tensor, size: int, padding: Tensor | None = None) -> tuple[Te
     missing = -x.shape[2] % size
     total = F.pad(x, (0, 0, 0, missing)).unflatten(2, (-1, size)).sum(3)
     counts = F.pad(keep, (0, missing)).unflatten(1, (-1, size)).sum(2)
-    return total / counts.clamp_min(1)[:, None, :, None], counts
+    return (total / counts.clamp_min(1)[:, None, :, None]).to(dtype), counts.to(dtype)
 
 
 def _check_mask(name: str, mask: Tensor, like: Tensor) -> None:
@@ -141,7 +143,7 @@ def mra_attention(
         k: keys, (B, H, M, D).
         v: values, (B, H, M, E).
         causal: query i sees the keys j <= i + M - N; blocks are then one query high.
-        key_padding_mask: bool, (B, M); True marks a key to ignore.
+        key_padding_mask: bool, (B, M); True marks a key to ignore, whatever it holds.
         scale: factor on q . k; None means 1 / sqrt(D).
         scales: sides of the blocks, falling, each a multiple of the next; causal needs 1 at the end.
         budgets: for every scale but the last, refined blocks per row of blocks (on average; causal: exactly).
@@ -162,8 +164,9 @@ def mra_attention(
     Source: Zeng et al. 2022, algorithms 1 and 2; the causal form, the padding of single keys and the order of
         refinement among children (by share of the row, as on the first scale) are choices of this page.
     """
-    check_qkv(q, k, v, causal=causal, key_padding_mask=key_padding_mask)
-    _check_options(q, k, scales, budgets, mode, causal, diag_blocks, first_blocks, ranking)
+    check_qkv(q, k, v, causal=causal, key_padding_mask=key_padding_mask, scale=scale)
+    _check_options(scales, budgets, mode, causal)
+    _check_order(q, k, scales, causal, diag_blocks, first_blocks, ranking)
     (batch, heads, length, _), keys = q.shape, k.shape[2]
     if query_padding_mask is not None:
         _check_mask("query_padding_mask", query_padding_mask, q)
@@ -260,19 +263,11 @@ def _prior(
     return near | (y < first) | (x < first)
 
 
-def _check_options(
-    q: Tensor,
-    k: Tensor,
-    scales: Sequence[int],
-    budgets: Sequence[int],
-    mode: str,
-    causal: bool,
-    diag_blocks: int,
-    first_blocks: int,
-    ranking: Tensor | None,
-) -> None:
-    """Raise for options of `mra_attention` that do not fit together."""
+def _check_options(scales: Sequence[int], budgets: Sequence[int], mode: str, causal: bool) -> None:
+    """Raise for block sizes and budgets of `mra_attention` that do not fit together."""
     for name, numbers in (("scales", scales), ("budgets", budgets)):
+        if not isinstance(numbers, Sequence):
+            raise TypeError(f"{name} must be a sequence of integers, got {numbers!r}")
         for number in numbers:
             check_sizes(**{f"{name} (each)": number})
     if not scales or any(a <= b or a % b for a, b in zip(scales, scales[1:])):
@@ -285,12 +280,26 @@ def _check_options(
         raise ValueError(f"causal needs 1 as the last of scales, got {tuple(scales)}")
     if mode not in ("full", "sparse"):
         raise ValueError(f"mode must be 'full' or 'sparse', got {mode!r}")
+
+
+def _check_order(
+    q: Tensor,
+    k: Tensor,
+    scales: Sequence[int],
+    causal: bool,
+    diag_blocks: int,
+    first_blocks: int,
+    ranking: Tensor | None,
+) -> None:
+    """Raise for a bad choice of what `mra_attention` refines first."""
     for name, number in (("diag_blocks", diag_blocks), ("first_blocks", first_blocks)):
         if isinstance(number, bool) or not isinstance(number, int) or number < 0:
             raise ValueError(f"{name} must be a non-negative integer, got {number!r}")
     if ranking is not None:
         rows = q.shape[2] if causal else -(-q.shape[2] // scales[0])
         wanted = (*q.shape[:2], rows, -(-k.shape[2] // scales[0]))
+        if not isinstance(ranking, Tensor):
+            raise TypeError(f"ranking must be a tensor, got {type(ranking).__name__}")
         if ranking.shape != wanted:
             raise ValueError(f"ranking must be (B, H, X, Y) = {wanted}, got {tuple(ranking.shape)}")
 
@@ -318,7 +327,7 @@ def mra2_attention(
         k: keys, (B, H, M, D).
         v: values, (B, H, M, E).
         causal: query i sees the keys j <= i + M - N; blocks are then one query high.
-        key_padding_mask: bool, (B, M); True marks a key to ignore.
+        key_padding_mask: bool, (B, M); True marks a key to ignore, whatever it holds.
         scale: factor on q . k; None means 1 / sqrt(D).
         block: side b of a block.
         blocks_per_row: exact blocks per row of blocks, on average (causal: for every query).
@@ -404,10 +413,16 @@ def mra_operations(
         The count, comparable with `paperbench.attention.core.softmax_cost(...).operations`.
 
     Raises:
-        ValueError: a size is not a positive integer.
+        TypeError, ValueError: a size is not a positive integer, a bad option as in `mra_attention`, or causal
+            with more queries than keys.
     """
     value_dim = head_dim if value_dim is None else value_dim
     check_sizes(queries=queries, keys=keys, head_dim=head_dim, value_dim=value_dim, batch=batch, heads=heads)
+    _check_options(scales, budgets, mode, causal)
+    if causal and queries > keys:
+        raise ValueError(
+            f"causal needs at least as many keys as queries, got {queries} queries and {keys} keys"
+        )
     candidates, total = 0, 0
     for level, width in enumerate(scales):
         height = 1 if causal else width
@@ -424,6 +439,15 @@ def mra_operations(
     return batch * heads * total
 
 # %% ../../nbs/attention/mra2_attention.ipynb #445bda81
+def _check_spread(spread: Tensor) -> None:
+    """Raise if `spread` is not floating point, or negative or NaN anywhere."""
+    if not isinstance(spread, Tensor) or not spread.is_floating_point():
+        kind = getattr(spread, "dtype", type(spread).__name__)
+        raise TypeError(f"spread must be a floating point tensor, got {kind}")
+    if not (spread >= 0).all():
+        raise ValueError(f"spread must not be negative or NaN, got {spread.min().item():.3g}")
+
+
 def jensen_ratio_bound(spread: Tensor) -> Tensor:
     """Largest ratio of a block's mean weight to the weight of its mean score (Specht's ratio).
 
@@ -434,13 +458,13 @@ def jensen_ratio_bound(spread: Tensor) -> Tensor:
         (...): at least 1, at most exp(spread^2 / 8); attained by blocks with two values.
 
     Raises:
-        ValueError: a spread is negative.
+        TypeError: `spread` is not floating point.
+        ValueError: a spread is negative or NaN.
     """
-    if spread.numel() and spread.min() < 0:
-        raise ValueError(f"spread must not be negative, got {spread.min().item():.3g}")
+    _check_spread(spread)
     r = spread.double()
     small = r < 1e-3  # the closed form divides two numbers that vanish; here its expansion is exact to 1e-14
-    r_safe = r.masked_fill(small, 1.0)
+    r_safe = r.masked_fill(small, 1.0).clamp_max(1000.0)  # from here on the ratio is beyond float64
     power = r_safe / torch.expm1(r_safe)  # ln h^(1 / (h - 1))
     # written with exp(power - 1) / power; for large spreads power tends to zero and the ratio to infinity
     return torch.where(small, (r.square() / 8).exp(), (power - 1).exp() / power).to(spread.dtype)
@@ -456,8 +480,8 @@ def total_variation_bound(spread: Tensor) -> Tensor:
         (...): tanh(spread / 4).
 
     Raises:
-        ValueError: a spread is negative.
+        TypeError: `spread` is not floating point.
+        ValueError: a spread is negative or NaN.
     """
-    if spread.numel() and spread.min() < 0:
-        raise ValueError(f"spread must not be negative, got {spread.min().item():.3g}")
+    _check_spread(spread)
     return (spread / 4).tanh()

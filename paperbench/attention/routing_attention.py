@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .core import Cost, check_qkv, check_sizes
+from .core import Cost, check_qkv, check_sizes, without_ignored
 from ..models.core import weights_folder
 from ..models.decoder import FeedForward, rotary_angles, rotate
 
@@ -35,14 +35,40 @@ def spherical_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
         (..., D) in the dtype of `x`; half precision is normalised in float32.
 
     Raises:
+        TypeError: `x` is not a floating point tensor.
         ValueError: fewer than 2 coordinates.
 
     Source: Roy et al. 2021 (arXiv:2003.05997), section on routing attention with clustering.
     """
-    if x.shape[-1] < 2:
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(f"x must be a floating point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+    if x.ndim < 1 or x.shape[-1] < 2:
         raise ValueError(f"x must have at least 2 coordinates, got {tuple(x.shape)}")
     wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     return F.layer_norm(wide, wide.shape[-1:], eps=eps).to(x.dtype)
+
+
+def _check_centroids(x: Tensor, centroids: Tensor) -> None:
+    """Raise if `centroids` are not (H or 1, C, D) for x (B, H, N, D)."""
+    if not isinstance(centroids, Tensor):
+        raise TypeError(f"centroids must be a tensor, got {type(centroids).__name__}")
+    fits = centroids.ndim == 3 and x.ndim == 4 and centroids.shape[2] == x.shape[3] and centroids.shape[1]
+    if not fits or centroids.shape[0] not in (1, x.shape[1]):
+        raise ValueError(
+            f"centroids must be (H, C, D) with H (or 1) and D of x {tuple(x.shape)} and C at least 1, "
+            f"got {tuple(centroids.shape)}"
+        )
+
+
+def _check_padding(padding: Tensor | None, shape: tuple[int, int]) -> None:
+    """Raise if `padding` is not None or bool of the given shape (B, N)."""
+    if padding is None:
+        return
+    if not isinstance(padding, Tensor) or padding.dtype != torch.bool:
+        kind = getattr(padding, "dtype", type(padding).__name__)
+        raise TypeError(f"padding must be a bool tensor (True: ignore), got {kind}")
+    if padding.shape != shape:
+        raise ValueError(f"padding must be (B, N) = {shape}, got {tuple(padding.shape)}")
 
 
 def centroid_scores(x: Tensor, centroids: Tensor) -> Tensor:
@@ -56,14 +82,10 @@ def centroid_scores(x: Tensor, centroids: Tensor) -> Tensor:
         (B, H, C, N), float32 for half precision, otherwise in the dtype of `x`; without gradient.
 
     Raises:
-        ValueError: heads or widths differ.
+        TypeError: `centroids` is not a tensor.
+        ValueError: heads or widths differ, or there is no centroid.
     """
-    fits = centroids.ndim == 3 and x.ndim == 4 and centroids.shape[2] == x.shape[3]
-    if not fits or centroids.shape[0] not in (1, x.shape[1]):
-        raise ValueError(
-            f"centroids must be (H, C, D) with H (or 1) and D of x {tuple(x.shape)}, "
-            f"got {tuple(centroids.shape)}"
-        )
+    _check_centroids(x, centroids)
     wide = x.detach().float() if x.dtype in (torch.float16, torch.bfloat16) else x.detach()
     directions = F.normalize(centroids.detach().to(wide.dtype), dim=-1)
     return directions @ F.normalize(spherical_norm(wide), dim=-1).transpose(-1, -2)
@@ -89,21 +111,25 @@ def route_topw(scores: Tensor, window: int, padding: Tensor | None = None) -> Ro
     Args:
         scores: (B, H, C, N), see `centroid_scores`.
         window: members of a cluster, W; at most N are used.
-        padding: bool, (B, N), True marks tokens that must not be routed.
+        padding: bool, (B, N), True marks tokens that must not be routed, whatever their scores.
 
     Returns:
         The `Routes`, in order of time.
 
     Raises:
-        ValueError: `window` is not positive, or a score is NaN.
+        TypeError: `padding` is not bool.
+        ValueError: `window` is not positive, shapes do not fit, or a score is NaN.
 
     Source: Roy et al. 2021 (arXiv:2003.05997), algorithm 1.
     """
     check_sizes(window=window)
-    if scores.isnan().any():
-        raise ValueError("scores must not be NaN")
+    if scores.ndim != 4:
+        raise ValueError(f"scores must be (B, H, C, N), got {tuple(scores.shape)}")
+    _check_padding(padding, (scores.shape[0], scores.shape[3]))
     if padding is not None:
         scores = scores.masked_fill(padding[:, None, None], -math.inf)
+    if scores.isnan().any():
+        raise ValueError("scores must not be NaN; are queries, keys or centroids?")
     order = scores.sort(dim=-1, descending=True, stable=True).indices
     index = order[..., : min(window, scores.shape[-1])].sort(dim=-1).values
     if padding is None:
@@ -156,10 +182,18 @@ def cluster_attention(
         (B, H, C, W, E), float32 for half precision; zeros where a query sees no key.
 
     Raises:
-        ValueError: causal, and the numbers of queries and keys differ.
+        TypeError, ValueError: see `check_qkv`; the routes do not fit; or causal, and the numbers of queries
+            and keys differ.
     """
+    check_qkv(q, k, v, causal=causal, scale=scale)
     if causal and q.shape[2] != k.shape[2]:
         raise ValueError(f"causal needs as many queries as keys, got {q.shape[2]} and {k.shape[2]}")
+    shapes = query_routes.index.shape, key_routes.index.shape
+    if any(len(one) != 4 or one[:2] != q.shape[:2] for one in shapes) or shapes[0][2] != shapes[1][2]:
+        raise ValueError(
+            f"query_routes and key_routes must be (B, H, C, W) with the B and H of q {tuple(q.shape)} "
+            f"and one C, got {tuple(shapes[0])} and {tuple(shapes[1])}"
+        )
     wide = torch.promote_types(q.dtype, torch.float32)
     mine, theirs = _take(q.to(wide), query_routes.index), _take(k.to(wide), key_routes.index)
     scores = mine @ theirs.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
@@ -184,7 +218,7 @@ def scatter_mean(clustered: Tensor, routes: Routes, length: int) -> Tensor:
         (B, H, N, E); zeros for tokens that no cluster took.
     """
     index = routes.index.flatten(2)
-    rows = (clustered * routes.valid[..., None]).flatten(2, 3)
+    rows = clustered.masked_fill(~routes.valid[..., None], 0).flatten(2, 3)
     total = rows.new_zeros(*rows.shape[:2], length, rows.shape[-1])
     total = total.scatter_add(2, index[..., None].expand_as(rows), rows)
     count = rows.new_zeros(*rows.shape[:2], length)
@@ -223,9 +257,24 @@ def recent_in_cluster(
     Returns:
         (B, H, N, E), float32 for half precision; zeros where a query sees no key.
 
+    Raises:
+        TypeError, ValueError: see `check_qkv`; clusters are not int64 of the right shape; window not
+            positive.
+
     Not from the paper.
     """
+    check_qkv(q, k, v, causal=True, key_padding_mask=key_padding_mask, scale=scale)
+    check_sizes(window=window)
+    for name, cluster, x in (("query_cluster", query_cluster, q), ("key_cluster", key_cluster, k)):
+        if cluster.dtype != torch.int64 or cluster.shape != x.shape[:3]:
+            raise ValueError(
+                f"{name} must be int64, {tuple(x.shape[:3])}, got {cluster.dtype} {tuple(cluster.shape)}"
+            )
     (batch, heads, queries, width), keys = q.shape, k.shape[2]
+    if 0 in (batch, heads, queries):
+        kind = torch.promote_types(v.dtype, torch.float32)
+        return v.new_zeros(batch, heads, queries, v.shape[3], dtype=kind)
+    k, v = without_ignored(k, v, key_padding_mask)
     if key_padding_mask is not None:  # ignored keys move to a cluster that no query asks for
         nowhere = int(torch.maximum(key_cluster.amax(), query_cluster.amax())) + 1
         key_cluster = key_cluster.masked_fill(key_padding_mask[:, None], nowhere)
@@ -278,7 +327,8 @@ def routing_attention(
         normalize: attend with normalised queries and keys, as the paper does; routing always normalises.
         demote_self: a token attends to itself only if it sees nothing else; for queries that are keys.
         causal: a query sees no later key. With "top" and "random" this needs N = M.
-        key_padding_mask: bool, (B, M); True marks a key to ignore, and the query at its place if N = M.
+        key_padding_mask: bool, (B, M); True marks a key to ignore, whatever it holds, and the query at its
+            place if N = M.
         scale: factor on the scores; None for 1/sqrt(D).
         generator: source of random clusters; None for PyTorch's global one.
 
@@ -291,14 +341,21 @@ def routing_attention(
 
     Source: Roy et al. 2021 (arXiv:2003.05997), algorithm 1.
     """
-    check_qkv(q, k, v, causal=causal, key_padding_mask=key_padding_mask)
+    check_qkv(q, k, v, causal=causal, key_padding_mask=key_padding_mask, scale=scale)
+    _check_centroids(q, centroids)
     (queries, keys), clusters = (q.shape[2], k.shape[2]), centroids.shape[1]
-    window = -(-keys // clusters) if window is None else window
-    check_sizes(window=window)
+    if window is not None:
+        check_sizes(window=window)
     if membership not in MEMBERSHIPS:
         raise ValueError(f"membership must be one of {', '.join(MEMBERSHIPS)}, got {membership!r}")
     if membership == "nearest" and not causal:
         raise ValueError("membership 'nearest' sees the latest keys and needs causal=True")
+    if causal and membership != "nearest" and queries != keys:
+        raise ValueError(f"causal needs as many queries as keys, got {queries} and {keys}")
+    if 0 in (*q.shape[:3], keys):
+        return v.new_zeros(*q.shape[:3], v.shape[3])
+    window = -(-keys // clusters) if window is None else window
+    k, v = without_ignored(k, v, key_padding_mask)
     query_scores, key_scores = centroid_scores(q, centroids), centroid_scores(k, centroids)
     a, b = (spherical_norm(q), spherical_norm(k)) if normalize else (q, k)
     if membership == "nearest":
@@ -351,12 +408,14 @@ def ema_update(
         q: (B, H, N, D); normalised here.
         k: (B, H, M, D); None where queries are keys.
         decay: between 0 and 1.
-        padding: bool, (B, N), True marks tokens without a vote, queries and keys alike.
+        padding: bool, (B, N), True marks tokens without a vote, queries and keys alike, whatever they hold.
 
     Returns:
-        New centroids, (H, C, D). A centroid without votes keeps its direction and loses length.
+        New centroids, (H, C, D). A centroid without votes keeps its direction and loses length. An empty
+        batch changes nothing.
 
     Raises:
+        TypeError: padding is not bool.
         ValueError: decay out of range, or padding with different numbers of queries and keys.
 
     Source: Roy et al. 2021 (arXiv:2003.05997), algorithm 1, last line. Averaging over the batch and voting by
@@ -366,10 +425,13 @@ def ema_update(
         raise ValueError(f"decay must lie between 0 and 1, got {decay}")
     if len(centroids) != q.shape[1]:
         raise ValueError(f"centroids must have the {q.shape[1]} heads of q, got {len(centroids)}")
+    if not len(q):
+        return centroids.clone()
     votes = torch.zeros_like(centroids)
     for x in (q,) if k is None else (q, k):
-        if padding is not None and padding.shape != (x.shape[0], x.shape[2]):
-            raise ValueError(f"padding must be {(x.shape[0], x.shape[2])}, got {tuple(padding.shape)}")
+        _check_padding(padding, (x.shape[0], x.shape[2]))
+        if padding is not None:
+            x = x.masked_fill(padding[:, None, :, None], 0)
         nearest = F.one_hot(centroid_scores(x, centroids).argmax(2), centroids.shape[1])  # (B, H, N, C)
         if padding is not None:
             nearest = nearest * ~padding[:, None, :, None]
@@ -395,8 +457,16 @@ def revive(
     Returns:
         (H, C, D); a revived centroid gets the head's mean length.
 
+    Raises:
+        ValueError: heads or widths differ, or there is no token.
+
     Not from the paper.
     """
+    _check_centroids(x, centroids)
+    if len(centroids) != x.shape[1] or not x.shape[0] * x.shape[2]:
+        raise ValueError(
+            f"x must hold tokens of the {len(centroids)} heads of centroids, got {tuple(x.shape)}"
+        )
     length = centroids.norm(dim=-1, keepdim=True)
     mean = length.mean(1, keepdim=True)
     pool = spherical_norm(x).to(centroids.dtype).transpose(0, 1).flatten(1, 2)  # (H, B N, D)
@@ -427,9 +497,11 @@ def fit_centroids(
         (H, C, D), float32 for half precision.
 
     Raises:
-        ValueError: more clusters than vectors, or a size that is not positive.
+        ValueError: `x` is not (B, H, N, D), more clusters than vectors, or a size that is not positive.
     """
     check_sizes(clusters=clusters, steps=steps)
+    if not isinstance(x, Tensor) or x.ndim != 4:
+        raise ValueError(f"x must be a tensor (B, H, N, D), got {tuple(getattr(x, 'shape', ()))}")
     pool = spherical_norm(x).to(torch.promote_types(x.dtype, torch.float32)).transpose(0, 1).flatten(1, 2)
     if clusters > pool.shape[1]:
         raise ValueError(f"clusters must be at most {pool.shape[1]}, the number of vectors, got {clusters}")
@@ -447,7 +519,7 @@ def commitment_loss(x: Tensor, centroids: Tensor) -> Tensor:
 
     Args:
         x: (B, H, N, D); receives the gradient.
-        centroids: (H, C, D); receives none.
+        centroids: (H, C, D), or (1, C, D) for all heads; receives none.
 
     Returns:
         Scalar, between 0 and 4 / D.
@@ -456,7 +528,7 @@ def commitment_loss(x: Tensor, centroids: Tensor) -> Tensor:
     """
     directions = F.normalize(centroids.detach().to(x.dtype), dim=-1)
     nearest = centroid_scores(x, centroids).argmax(2)  # (B, H, N)
-    wanted = directions.expand(len(x), -1, -1, -1).gather(2, nearest[..., None].expand_as(x))
+    wanted = directions.expand(*x.shape[:2], -1, -1).gather(2, nearest[..., None].expand_as(x))
     return F.mse_loss(F.normalize(spherical_norm(x), dim=-1), wanted)
 
 # %% ../../nbs/attention/routing_attention.ipynb #a8ee416c
@@ -528,16 +600,16 @@ def routing_cost(
     Raises:
         ValueError: a size is not a positive integer.
     """
-    window = -(-length // clusters) if window is None else window
     check_sizes(
         length=length,
         clusters=clusters,
         head_dim=head_dim,
-        window=window,
         batch=batch,
         heads=heads,
         itemsize=itemsize,
     )
+    window = -(-length // clusters) if window is None else window
+    check_sizes(window=window)
     window, lanes, sides = min(window, length), batch * heads, 1 if shared_qk else 2
     pairs = clusters * (window * (window + 1) // 2 if causal else window * window)
     gathered = clusters * window * head_dim * (sides + 1)
@@ -568,7 +640,7 @@ def local_attention(
         v: values, (B, H, N, E).
         window: a query sees the keys less than `window` positions before it, and after it if not causal.
         causal: no later keys.
-        key_padding_mask: bool, (B, N); True marks a key to ignore.
+        key_padding_mask: bool, (B, N); True marks a key to ignore, whatever it holds.
         scale: factor on the scores; None for 1/sqrt(D).
 
     Returns:
@@ -577,11 +649,14 @@ def local_attention(
     Raises:
         TypeError, ValueError: see `check_qkv`; different numbers of queries and keys; window not positive.
     """
-    check_qkv(q, k, v, causal=causal, key_padding_mask=key_padding_mask)
+    check_qkv(q, k, v, causal=causal, key_padding_mask=key_padding_mask, scale=scale)
     check_sizes(window=window)
     (batch, _, length, width), device = q.shape, q.device
     if k.shape[2] != length:
         raise ValueError(f"local attention needs as many queries as keys, got {length} and {k.shape[2]}")
+    if not length:
+        return torch.zeros_like(v)
+    k, v = without_ignored(k, v, key_padding_mask)
     window = min(window, length)
     blocks = -(-length // window)
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -656,12 +731,18 @@ class RoutingAttention(nn.Module):
         local_window = window if local_window is None else local_window
         if dim % heads or (dim // heads) % 2:
             raise ValueError(f"heads must divide dim={dim} into heads of even width, got {heads}")
-        if not 0 <= local_heads <= heads:
+        if not isinstance(local_heads, int) or not 0 <= local_heads <= heads:
             raise ValueError(f"local_heads must lie in 0..{heads}, got {local_heads}")
         if local_heads and local_window is None:
             raise ValueError("local_window must be given where window is None")
+        sizes = dict(window=window, local_window=local_window)
+        check_sizes(**{name: size for name, size in sizes.items() if size is not None})
         if membership not in MEMBERSHIPS:
             raise ValueError(f"membership must be one of {', '.join(MEMBERSHIPS)}, got {membership!r}")
+        if membership == "nearest" and not causal:
+            raise ValueError("membership 'nearest' sees the latest keys and needs causal=True")
+        if not 0 <= decay <= 1:
+            raise ValueError(f"decay must lie between 0 and 1, got {decay}")
         self.heads, self.local_heads, self.width = heads, local_heads, dim // heads
         self.window, self.local_window, self.causal = window, local_window, causal
         self.shared_qk = causal if shared_qk is None else shared_qk
@@ -704,7 +785,13 @@ class RoutingAttention(nn.Module):
 
         Returns:
             (B, N, dim).
+
+        Raises:
+            TypeError, ValueError: `x` is not (B, N, dim), or see `routing_attention`.
         """
+        width = self.query.in_features
+        if x.ndim != 3 or x.shape[2] != width:
+            raise ValueError(f"x must be (B, N, dim) with dim {width}, got {tuple(x.shape)}")
         q, k, v = self.split(x)
         split = [self.local_heads, self.heads - self.local_heads]
         (near_q, far_q), (near_k, far_k), (near_v, far_v) = (t.split(split, dim=1) for t in (q, k, v))
@@ -748,7 +835,7 @@ class RoutingGPT(nn.Module):
         layers: number of blocks.
         heads: heads of a block.
         hidden: width inside the feed-forward.
-        generator: source of the initial weights; None for PyTorch's global one.
+        generator: source of the initial weights; None for PyTorch's global one, else untouched.
         **attention: options of `RoutingAttention`.
     """
 
@@ -767,13 +854,14 @@ class RoutingGPT(nn.Module):
         self.config = dict(
             vocabulary=vocabulary, dim=dim, layers=layers, heads=heads, hidden=hidden, **attention
         )
-        self.embed = nn.Embedding(vocabulary, dim)
-        self.mix = nn.Parameter(torch.full((dim,), 0.5))
-        self.attention = nn.ModuleList(
-            RoutingAttention(dim, heads, generator=generator, **attention) for _ in range(layers)
-        )
-        self.feed_forward = nn.ModuleList(FeedForward(dim, hidden) for _ in range(layers))
-        self.norms = nn.ModuleList(nn.RMSNorm(dim, eps=1e-6) for _ in range(2 * layers + 1))
+        with torch.random.fork_rng(devices=[], enabled=generator is not None):
+            self.embed = nn.Embedding(vocabulary, dim)
+            self.mix = nn.Parameter(torch.full((dim,), 0.5))
+            self.attention = nn.ModuleList(
+                RoutingAttention(dim, heads, generator=generator, **attention) for _ in range(layers)
+            )
+            self.feed_forward = nn.ModuleList(FeedForward(dim, hidden) for _ in range(layers))
+            self.norms = nn.ModuleList(nn.RMSNorm(dim, eps=1e-6) for _ in range(2 * layers + 1))
         with torch.no_grad():
             for name, weight in self.named_parameters():
                 if weight.ndim == 2:
@@ -797,7 +885,17 @@ class RoutingGPT(nn.Module):
 
         Returns:
             Logits of the next token, (B, N, V).
+
+        Raises:
+            TypeError: tokens are not integers.
+            ValueError: tokens are not (B, N), or out of the vocabulary.
         """
+        if tokens.is_floating_point() or tokens.dtype == torch.bool:
+            raise TypeError(f"tokens must be integers, got {tokens.dtype}")
+        top = self.embed.num_embeddings - 1
+        if tokens.ndim != 2 or tokens.numel() and not 0 <= tokens.min() <= tokens.max() <= top:
+            found = tuple(tokens.shape)
+            raise ValueError(f"tokens must be (B, N) with numbers from 0 to {top}, got shape {found}")
         x = self.embed(tokens)
         x = x + self.mix * F.pad(x, (0, 0, 1, 0))[:, :-1]
         for attention, feed_forward, first, second in zip(

@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
-from paperbench.attention.chunk_attention import PrefixDecoder, finish_partial, naive_decode, sharing_map, tpp_decode
+from paperbench.attention.chunk_attention import PrefixDecoder, finish_partial, make_schedule, naive_decode, sharing_map, tpp_decode, tpp_partial
 from paperbench.attention.core import softmax_attention
 from paperbench.kernels.chunk_attention import Partial, PrefixTreeKVCache, chunk_attention, merge_partials, partial_attention, two_phase_attention
 from paperbench.models.decoder import Decoder
@@ -353,7 +353,15 @@ def test_a_full_cache_and_bad_input():
         decoder.step([a, b], [2, 3])
     assert decoder.cache.length(a) == decoder.cache.length(b) == 4 and before["chunks"] == 2
     cache, q = decoder.cache, torch.zeros(2, 8, 4, dtype=torch.float64)
+    schedule, changed = make_schedule(cache), random_decoder()
+    changed.blocks[1].attention.core = torch.nn.Identity()
     for call, message in [
+        (lambda: PrefixDecoder(changed), "model must be a Decoder with its own attention"),
+        (lambda: decoder.prefill([1, 17]), "tokens must lie in 0..16"),
+        (lambda: decoder.step([a, b], [1, 17]), "tokens must lie in 0..16"),
+        (lambda: tpp_partial(q, cache.keys, cache.values[:, :2], schedule), "keys and values must both be"),
+        (lambda: tpp_partial(q, *(x[:, :, :1] for x in (cache.keys, cache.values)), schedule), "H_kv, 2, D"),
+        (lambda: tpp_partial(q, cache.keys, cache.values.float(), schedule), "values must have the keys'"),
         (lambda: decoder.prefill([]), r"tokens must be \(n,\) with n > 0"),
         (lambda: decoder.step([a, a], [1, 2]), "different sequences"),
         (lambda: decoder.step([a, b], [1]), "tokens must be"),
@@ -366,3 +374,9 @@ def test_a_full_cache_and_bad_input():
     ]:
         with pytest.raises(ValueError, match=message):
             call()
+    for call in (lambda: decoder.prefill([1.5, 2.0]), lambda: decoder.step([a, b], [0.5, 1.0])):
+        with pytest.raises(TypeError, match="tokens must be integers"):
+            call()
+    with pytest.raises(TypeError, match="model must be a Decoder"):
+        PrefixDecoder(torch.nn.Linear(2, 2))
+    assert cache.length(a) == cache.length(b) == 4

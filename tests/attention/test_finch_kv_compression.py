@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from paperbench.attention.core import replaced, softmax_attention
-from paperbench.attention.finch_kv_compression import FIRST_FILLER, FIRST_KEY, FIRST_VALUE, LayerView, chunk_plan, compress, context_scores, finch_cost, generate_with_cache, load_recall_model, make_facts, position_scores, prompt_scores, question_rows, rerotate_keys, select_top, train_recall_model, truncate
+from paperbench.attention.finch_kv_compression import FIRST_FILLER, FIRST_KEY, FIRST_VALUE, LayerView, chunk_plan, compress, context_scores, finch_cost, generate_with_cache, load_recall_model, make_facts, position_scores, prompt_scores, question_rows, rerotate_keys, select_top, train_recall_model, truncate, words
 from paperbench.models.decoder import Decoder, rotary_angles, rotate
 
 
@@ -319,7 +319,7 @@ def test_generation_agrees_with_the_model_and_leaves_the_cache_alone():
 def test_bad_input_is_refused():
     model = tiny_decoder()
     document, prompt = some_tokens(2, 9)
-    good = dict(target=4, chunk=4)
+    good, keys = dict(target=4, chunk=4), torch.ones(1, 1, 2, 4)
     for call, word in [
         (lambda: compress(model, document[0], prompt, **good), "document must be"),
         (lambda: compress(model, document, prompt[:, :0], **good), "prompt must be"),
@@ -338,9 +338,29 @@ def test_bad_input_is_refused():
         (lambda: make_facts(1, 10, 6), "facts must be at most 5"),
         (lambda: random_view().weights(3, 9), "first and last"),
         (lambda: generate_with_cache(model, model.new_cache(2), prompt, -1), "length must not be negative"),
+        (lambda: generate_with_cache(model, model.new_cache(1), prompt, 2), "cache must be for"),
+        (lambda: compress(model, document, prompt, score=lambda view: None, **good), "got NoneType"),
+        (
+            lambda: compress(model, document, prompt, score=position_scores(torch.ones(3, 9)), **good),
+            "table must have the 2 rows",
+        ),
+        (lambda: truncate(document[0], 4, "head"), "document must be"),
+        (lambda: select_top(torch.ones(3), 1.0), "count must be a positive integer"),
+        (lambda: rerotate_keys(keys, torch.arange(3), torch.arange(2)), "old must be broadcastable"),
+        (lambda: rerotate_keys(keys, torch.arange(2), torch.arange(2), base=0.0), "base must be positive"),
+        (lambda: make_facts(1, 10, 3).ask(3), r"number must lie in 0..2"),
+        (lambda: words(torch.tensor([89])), "tokens must be"),
+        (lambda: question_rows(1, 10, 3, 0, None), "questions must be a positive"),
     ]:
         with pytest.raises(ValueError, match=word):
             call()
+    with pytest.raises(TypeError, match="document must be a tensor of integers, got list"):
+        compress(model, document.tolist(), prompt, **good)
+    with pytest.raises(TypeError, match="keys must be floating point"):
+        rerotate_keys(keys.long(), torch.arange(2), torch.arange(2))
+    small = torch.tensor([200, 201], dtype=torch.uint8)
+    back = torch.zeros(2, dtype=torch.uint8)  # as they are, the difference would wrap around at 256
+    assert torch.equal(rerotate_keys(keys, small, back), rerotate_keys(keys, small.long(), back.long()))
     with pytest.raises(TypeError, match="old must hold integers"):
         rerotate_keys(torch.ones(1, 1, 2, 4), torch.ones(2), torch.arange(2))
 

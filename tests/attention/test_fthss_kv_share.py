@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from paperbench.attention.fthss_kv_share import GO, PROMPT_LENGTH, Plan, SKILLS, Segment, SoftPromptLM, TASKS, apply_skill, chain_logits, chain_mask, chain_segments, chain_tokens, chain_words, load_chain, make_chain, make_input, new_prompts, plan_of, run_chain_shared, run_chain_text, save_chain, skill_rows, tune_prompts
+from paperbench.attention.fthss_kv_share import GO, PROMPT_LENGTH, Plan, SKILLS, Segment, SoftPromptLM, TASKS, apply_skill, chain_logits, chain_mask, chain_segments, chain_tokens, chain_words, load_chain, lookup_rows, make_chain, make_input, new_prompts, plan_of, run_chain_shared, run_chain_text, save_chain, skill_accuracy, skill_rows, tune_prompts
 from paperbench.models.decoder import Decoder, rotary_angles, rotate
 
 
@@ -400,6 +400,30 @@ def test_dtypes_and_bad_input():
         (lambda: run_chain_shared(lm, x, Plan(("A", "B")), (3,)), "turns"),
         (lambda: run_chain_text(lm, x, ("A", "B"), (3,)), "lengths"),
         (lambda: run_chain_text(lm, x, ("A",), (0,)), "lengths"),
+        (lambda: run_chain_text(lm, x, ("C",), (2,)), "order must name known"),
+        (lambda: run_chain_text(lm, x, (), ()), "order must name the writer"),
+        (lambda: run_chain_shared(lm, x[0], Plan(("A",)), (3,)), r"x must be \(B, n\)"),
+        (lambda: run_chain_shared(lm, x + 99, Plan(("A",)), (3,)), r"x must lie in 0\.\."),
+        (lambda: run_chain_shared(lm, x, Plan(("A",)), (3,), {0: x[:, :2]}), r"given\[0\] must be"),
+        (lambda: run_chain_text(lm, x, ("A",), (3,), {0: x[:1, :3]}), r"given\[0\] must be"),
+        (lambda: run_chain_shared(lm, x, Plan(("A",)), (3,), {1: x[:, :3]}), "given must have keys in 0"),
+        (lambda: chain_logits(lm, x, [x[:, :0]], Plan(("A",))), r"turns\[0\]"),
+        (lambda: lm(["C", x], torch.ones(5, 5, dtype=torch.bool)), "parts must name known"),
+        (lambda: SoftPromptLM(lm.base, {"a.b": torch.zeros(2, lm.base.dim)}), "names without dots"),
+        (lambda: SoftPromptLM(lm.base, {"keys": torch.zeros(2, lm.base.dim)}), "names without dots"),
+        (lambda: chain_tokens("cascade", ("A", "B"), sizes, 2, (1,)), "turns"),
+        (lambda: chain_tokens("cascade", ("C",), sizes, 2, (1,)), "order"),
+        (lambda: tune_prompts(lm, [], lambda: None, Plan(("A",))), "names must hold"),
+        (lambda: apply_skill("filter", torch.tensor([[1, 12, 13], [4, 2, 3]])), r"equally many .* \[1, 3\]"),
+        (lambda: apply_skill("lookup", torch.tensor([[12]]), torch.zeros(1, 10)), "items must be digits"),
+        (lambda: apply_skill("lookup", x, torch.zeros(1, 10)), "table must be"),
+        (lambda: make_input(2, pairs=0, kept=2, letters=-1), "letters"),
+        (lambda: make_input(0, pairs=0, kept=2, letters=0), "batch"),
+        (lambda: lookup_rows(2, 1), "most_pairs"),
+        (lambda: skill_accuracy(lm.base, 0), "count"),
+        (lambda: chain_words(torch.tensor([-1])), "must lie in 0..27"),
+        (lambda: plan_of("cascade", 0), "rounds"),
+        (lambda: save_chain(lm.base, {0: {"a/b": {"text": lm}}}, "x", {}), "without slashes"),
         (lambda: chain_tokens("magic", ("A",), sizes, 2, (1,)), "how"),
         (lambda: tune_prompts(lm, ["C"], lambda: None, Plan(("A",))), "names"),
         (lambda: apply_skill("add", x), "skill"),
@@ -411,6 +435,16 @@ def test_dtypes_and_bad_input():
     ):
         with pytest.raises(ValueError, match=named):
             call()
+    for call, named in (
+        (lambda: run_chain_shared(lm, x.float(), Plan(("A",)), (3,)), "x must be an int64"),
+        (lambda: run_chain_text(lm, x, ("A",), (3,), {0: x[:, :3].float()}), r"given\[0\] must be an int64"),
+        (lambda: SoftPromptLM(lm.base, {"A": torch.zeros(2, lm.base.dim).long()}), "must be floating"),
+    ):
+        with pytest.raises(TypeError, match=named):
+            call()
+    nobody = chain_mask([Segment("prompt", "A", 0), Segment("turn", "A", 0)])
+    assert nobody.shape == (0, 0) and nobody.dtype == torch.bool
+    assert apply_skill("filter", x[:0]).shape == (0, 0)
     with pytest.raises(FileNotFoundError, match="path"):
         load_chain("nowhere.safetensors")
 

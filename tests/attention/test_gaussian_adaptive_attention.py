@@ -236,9 +236,19 @@ def test_bad_arguments_are_named():
         (ValueError, "at least 2 positions", lambda: released_weights(x[:, :1], OFFSETS, SCALES)),
         (ValueError, "offsets and scales", lambda: equivalent_gaussian(OFFSETS, SCALES[:2])),
         (ValueError, "weights must have a batch", lambda: importance_factor(x[0, 0], axis=0)),
+        (TypeError, "weights must be floating point", lambda: importance_factor(x.long())),
+        (TypeError, "offsets must be a floating", lambda: gaussian_weights(x, OFFSETS.long(), SCALES)),
+        (TypeError, "offsets must be a floating", lambda: equivalent_gaussian([1.0], SCALES)),
+        (ValueError, "eps must be above 0", lambda: released_weights(x, OFFSETS, SCALES, eps=math.nan)),
+        (ValueError, "eps must be above 0", lambda: MultiHeadGAAM(eps=math.inf)),
+        (TypeError, "axis must be an int", lambda: GaussianAdaptiveAttention(axis=1.5)),
+        (ValueError, "length must be an integer", lambda: head_slices(5.0, 2)),
+        (TypeError, "padding_mask must be a bool", lambda: GaussianBlock([-2], [1], [1])(x, [[True]])),
     ]:
         with pytest.raises(error, match=word):
             call()
+    assert importance_factor(x[:, :0]).shape == (2, 0, 3)
+    assert importance_factor(x * math.nan).isnan().all()
 
 
 @pytest.mark.parametrize("n_gauss", [1, 3, 5])

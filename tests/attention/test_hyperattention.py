@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from paperbench.attention.core import check_attention, softmax_attention, softmax_weights
-from paperbench.attention.hyperattention import ALIGNMENTS, AngularLSH, Blocks, SAMPLINGS, approx_log_d, block_attention, hyper_attention, hyper_cost, merge_attn, sampled_attention, sort_blocks
+from paperbench.attention.core import check_attention, check_bad_input, softmax_attention, softmax_weights
+from paperbench.attention.hyperattention import ALIGNMENTS, AngularLSH, Blocks, SAMPLINGS, approx_log_d, block_attention, draw_keys, hardness, hyper_attention, hyper_cost, merge_attn, planted_clusters, sampled_attention, sort_blocks
 
 
 def normal_qkv(n, m, batch=2, heads=3, d=8, e=5, seed=0):
@@ -33,6 +33,7 @@ def test_battery_with_all_keys_sampled(align):
         )
 
     check_attention(attend)
+    check_bad_input(attend)
 
 
 @pytest.mark.parametrize("n, m, causal", [(37, 37, False), (10, 53, False), (37, 37, True), (20, 53, True)])
@@ -205,7 +206,7 @@ def test_half_precision_and_empty_inputs():
         ({"block": -1}, "block"),
         ({"samples": 2.0}, "samples"),
         ({"block": 0, "samples": 0}, "block and samples"),
-        ({"bits": 31, "min_length": 1, "block": 2}, "bits"),
+        ({"bits": 31}, "bits"),
         ({"min_length": 0}, "min_length"),
         ({"pairing": "hash"}, "pairing"),
         ({"align": "query"}, "align"),
@@ -215,3 +216,25 @@ def test_half_precision_and_empty_inputs():
 def test_bad_options_are_named(options, name):
     with pytest.raises(ValueError, match=f"^{name}"):
         hyper_attention(*normal_qkv(8, 8), **options)
+
+
+def test_the_parts_refuse_what_does_not_fit():
+    q, k, v = normal_qkv(12, 12)
+    blocks = sort_blocks(q, k, 4, generator=seeded(0))
+    for call, message in [
+        (lambda: sort_blocks(q, k[:, :1], 4), "k must be"),
+        (lambda: sort_blocks(q, k[:, :, :0], 4), "k must hold at least one key"),
+        (lambda: block_attention(q[:1], k[:1], v[:1], blocks), "blocks must be of queries"),
+        (lambda: sampled_attention(q, k[:, :1], v[:, :1], 4), "k must be"),
+        (lambda: sampled_attention(q[:, :, :5], k, v, 4, blocks=blocks), "blocks must be of queries"),
+        (lambda: approx_log_d(q, k[..., :3], 4), "k must be"),
+        (lambda: approx_log_d(q, k, 4, kappa=math.inf), "kappa must be at least 1 and finite"),
+        (lambda: draw_keys(v[0], 4), "v must be"),
+        (lambda: hardness(q[:, :, :0], k), "at least one row"),
+        (lambda: planted_clusters(8, score=-1.0), "score must be finite and not negative"),
+        (lambda: planted_clusters(8, noise=math.nan), "noise must be finite and not negative"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call()
+    assert approx_log_d(q[:, :, :0], k, 4, kappa=2.0).shape == (2, 3, 0)
+    assert (hardness(q, k, sort_blocks(q, k, 12)).kappa == 1).all()  # one block: nothing is outside

@@ -268,6 +268,7 @@ def test_routers_start_as_they_should():
         bound = math.sqrt(3 / 16) if init == "random" else 0.0
         assert 0.9 * bound <= weight[:-1].abs().max() <= bound
     before = torch.random.get_rng_state()
+    LayerRouter(2, 4, mode="dynamic", dim=8, generator=torch.Generator().manual_seed(0))
     first, again = (new_solver("lime", 5).state_dict() for _ in range(2))
     assert torch.equal(before, torch.random.get_rng_state())
     assert all(torch.equal(first[key], again[key]) for key in first)
@@ -314,6 +315,7 @@ def test_entropy_in_closed_form_and_by_its_laws():
     wide = F.pad(x, (0, 9))  # a larger space, the same spectrum
     torch.testing.assert_close(matrix_entropy(wide, 0.5), values[1])
     assert math.isclose(matrix_entropy(torch.eye(6).half(), 0.5), math.log(6), rel_tol=1e-6)
+    assert math.isclose(matrix_entropy(torch.eye(6), 1e6), math.log(6), rel_tol=1e-6)  # no underflow
 
 
 def test_the_readout_is_ridge_regression():
@@ -496,6 +498,8 @@ def test_training_repeats_and_files_keep_everything():
         assert read.losses == first.losses and (read.routers - first.routers).abs().max() < 1e-3
         for a, b in zip(read.model.parameters(), first.model.parameters()):
             torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
+        with pytest.raises(ValueError, match="solvers must have different seeds"):
+            save_solvers([first, second], path)
         with pytest.raises(ValueError, match="path must hold networks of kind 'vanilla', got 'lime'"):
             load_solvers("vanilla", path)
         with pytest.raises(FileNotFoundError, match="path must be"):
@@ -512,8 +516,11 @@ def test_bad_input_is_refused():
         (lambda: mix_sources(weights.double(), sources), r"sources\[0\] must be"),
         (lambda: mix_sources(weights, [sources[0], sources[0][:, :, :2]]), r"sources\[1\] must be"),
         (lambda: mix_sources(torch.randn(1, 9, 2, 2, 2), sources), "weights must begin"),
+        (lambda: mix_sources(weights, [s[0] for s in sources]), r"sources\[0\] must be \(B, G, N, E\)"),
         (lambda: keep_largest(weights, 0), "count must be a positive"),
+        (lambda: keep_largest(weights[0], 1), "weights must be"),
         (lambda: LayerRouter(-1, 2), "layer must not be negative"),
+        (lambda: LayerRouter(1.5, 2), "layer must not be negative, and an integer"),
         (lambda: LayerRouter(1, 2, mode="both"), "mode must be one of static, dynamic"),
         (lambda: LayerRouter(1, 2, init="zero"), "init must be one of random, identity"),
         (lambda: LayerRouter(1, 2, mode="dynamic"), "dim must be given"),
@@ -524,6 +531,9 @@ def test_bad_input_is_refused():
             lambda: lime_attention(torch.randn(1, 3, 3, 4), sources, sources, weights),
             "heads that divide the 3",
         ),
+        (lambda: LIMeDecoder.from_decoder(model), "model must be a plain Decoder"),
+        (lambda: LIMeDecoder.from_decoder(new_solver("denseformer", 0)), "got a DenseFormerDecoder"),
+        (lambda: source_shares(model, tokens[:0]), "tokens must be"),
         (lambda: lime_cost(1, 2, 4, 0), "tokens must be a positive"),
         (lambda: lime_cost(1, 2, 4, 1, kept=9), "kept must lie in 0..8"),
         (lambda: prune_routers(model, 0.0), "share must lie in"),
@@ -535,10 +545,27 @@ def test_bad_input_is_refused():
         (lambda: probe_accuracy(torch.ones(4, 2), torch.zeros(3).long(), 2), "labels must be"),
         (lambda: probe_accuracy(torch.ones(3, 2), torch.full((3,), 2), 2), "labels must lie in 0..1"),
         (lambda: probe_accuracy(torch.ones(3, 2), torch.zeros(3).long(), 2, train=1.0), "train must leave"),
+        (lambda: probe_accuracy(torch.ones(3, 2), torch.zeros(3).long(), 2, train=0.3), "at least two of 3"),
+        (lambda: probe_accuracy(torch.ones(4, 2) / 0, torch.zeros(4).long(), 2), "features must be finite"),
+        (lambda: probe_accuracy(torch.ones(4, 2), torch.zeros(4).long(), 2, ridge=-1.0), "ridge must not"),
+        (lambda: standardize(torch.ones(3, 2)), "features must be floating"),
         (lambda: make_solutions(2, 1), "numbers must be at least 2"),
         (lambda: solve_stepwise("3+4"), "expression must be"),
+        (lambda: solve_stepwise(""), "expression must be"),
+        (lambda: solve_stepwise("x"), "expression must be"),
+        (lambda: spell(torch.tensor([-1])), "tokens must lie in 0..16"),
+        (lambda: solution_scores(model, make_solutions(2, 2)), "start must lie in 1..7"),
+        (lambda: solution_scores(model, make_solutions(2)[:0]), "rows must be"),
         (lambda: new_solver("gpt", 0), "kind must be one of vanilla"),
         (lambda: load_solvers("gpt"), "kind must be one of vanilla"),
     ]:
         with pytest.raises(ValueError, match=word):
+            call()
+    for call, word in [
+        (lambda: LIMeDecoder.from_decoder(torch.nn.Linear(2, 2)), "model must be a Decoder"),
+        (lambda: routed(new_solver("vanilla", 0), tokens), "model must be a LIMeDecoder"),
+        (lambda: prune_routers(new_solver("vanilla", 0), 0.5), "model must be a LIMeDecoder"),
+        (lambda: probe_accuracy(torch.ones(4, 2), torch.zeros(4), 2), "labels must be int64"),
+    ]:
+        with pytest.raises(TypeError, match=word):
             call()

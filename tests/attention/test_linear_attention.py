@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from paperbench.attention.core import check_attention, check_qkv, peak_bytes, softmax_attention
+from paperbench.attention.core import check_attention, check_bad_input, check_qkv, peak_bytes, softmax_attention
 from paperbench.attention.linear_attention import CausalLinearFn, FavorFeatures, LinearAttention, LinearState, LinearTransformerLM, causal_linear_attention, elu_plus_one, linear_attention, linear_attention_noncausal, linear_attention_step, linear_attention_weights, linear_cost, relu_features, taylor_features
 from paperbench.kernels.linear_attention import linear_attention as kernel
 
@@ -165,6 +165,7 @@ def slipped(slip):
 
 def test_the_battery_passes_for_every_positive_feature_map():
     check_attention(linear_attention)
+    check_bad_input(linear_attention)
     check_attention(lambda q, k, v, **options: linear_attention(q, k, v, chunk_size=4, **options))
     for name in ("Taylor-2", "FAVOR+"):
         favor = FavorFeatures(8, 20, generator=torch.Generator().manual_seed(0))

@@ -4,11 +4,12 @@
 
 import cmath
 import math
+from functools import partial
 
 import pytest
 import torch
 
-from paperbench.attention.core import check_attention, effective_keys, peak_bytes, replaced, softmax_attention
+from paperbench.attention.core import check_attention, check_bad_input, effective_keys, peak_bytes, replaced, softmax_attention
 from paperbench.attention.lm_infinite_lambda_mask import LambdaKVCache, MODES, effective_distance, entropy_floor, lambda_attention, lambda_mask, lambda_pairs, lm_infinite, logits_by_distance, unseen_pairs
 from paperbench.models.decoder import Decoder, generate, pad_prompts, rotary_angles, rotate
 
@@ -108,7 +109,9 @@ def test_the_battery():
         dict(n_start=0, window=20),
         dict(n_start=2, window=4, base=None),
     ):
-        check_attention(lambda q, k, v, **o: lambda_attention(q, k, v, **options, **o), causal_only=True)
+        attend = partial(lambda_attention, **options)
+        check_attention(attend, causal_only=True)
+        check_bad_input(attend, causal_only=True)
 
 
 def test_outside_both_arms_nothing_matters():
@@ -298,13 +301,33 @@ def test_bad_input_is_named():
     for call, message in [
         (lambda: lambda_mask(4, 3), "keys must be at least queries"),
         (lambda: lambda_pairs(4, 3), "keys must be at least queries"),
+        (lambda: effective_distance(4, max_distance=-1), "max_distance must be a non-negative integer"),
+        (lambda: effective_distance(4, max_distance=math.nan), "max_distance must be a non-negative integer"),
         (lambda: logits_by_distance(q, k[:, :, :2], torch.arange(3)), "q and k must both be"),
+        (lambda: logits_by_distance(q[..., :5], k[..., :5], torch.arange(3)), "heads of even width"),
+        (lambda: unseen_pairs(4, 10, base=-2.0), "base must be positive"),
+        (lambda: entropy_floor(3, torch.tensor([math.nan])), "spread must not be negative or NaN"),
         (lambda: unseen_pairs(5, 10), "width must be even"),
         (lambda: entropy_floor(3, torch.tensor([-1.0])), "spread must not be negative"),
         (lambda: LambdaKVCache(1, -1, 1, 1), "batch must not be negative"),
+        (lambda: LambdaKVCache(1, 1, 1, 1).extend(-1), "count must be a non-negative integer"),
     ]:
         with pytest.raises(ValueError, match=message):
             call()
+    cache = LambdaKVCache(2, 2, 1, 6)
+    start, rows = cache.extend(3), torch.ones(2, 1, 3, 6)
+    for layer, keys, values, message in [
+        (0, rows[:1], rows[:1], "keys must be .*, got torch.float32"),
+        (0, rows[:, :, :2], rows[:, :, :2], "for the tokens announced since 0"),
+        (1, rows.double(), rows.double(), "keys must be torch.float32"),
+        (1, rows, rows[..., :2], "values must be"),
+        (2, rows, rows, "layer must lie in 0..1"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            cache.write(layer, start, keys, values)
+    assert cache.keys(0).abs().max() == 0  # a refused write leaves nothing behind
+    short, far = (q.bfloat16(), k.bfloat16()), torch.tensor([100_000])
+    assert torch.equal(logits_by_distance(*short, far), logits_by_distance(*(x.float() for x in short), far))
 
 
 def test_measurements():

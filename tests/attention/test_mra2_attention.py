@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from paperbench.attention.core import check_attention, relative_error, softmax_attention, softmax_weights, total_variation
-from paperbench.attention.mra2_attention import jensen_ratio_bound, mra2_attention, mra_attention, mra_operations, mra_weights, select_blocks, total_variation_bound
+from paperbench.attention.core import check_attention, check_bad_input, relative_error, softmax_attention, softmax_weights, total_variation
+from paperbench.attention.mra2_attention import block_means, jensen_ratio_bound, mra2_attention, mra_attention, mra_operations, mra_weights, select_blocks, total_variation_bound
 
 
 def random_qkv(n, m=None, batch=2, heads=2, d=6, e=5, seed=0, dtype=torch.float64):
@@ -128,6 +128,8 @@ def test_the_battery_where_the_method_is_exact():
     check_attention(
         lambda q, k, v, **o: mra_attention(q, k, v, scales=(4, 2, 1), budgets=(3, 6), mode="sparse", **o)
     )
+    for mode in ("full", "sparse"):
+        check_bad_input(lambda q, k, v, **o: mra2_attention(q, k, v, block=4, mode=mode, **o))
 
 
 def test_constant_blocks_need_no_refinement():
@@ -265,3 +267,16 @@ def test_operations_are_what_pytorch_counts_and_bad_input_is_named():
         jensen_ratio_bound(torch.tensor([-1.0]))
     with pytest.raises(ValueError, match="scores must be"):
         select_blocks(torch.zeros(3, 3), 1)
+    with pytest.raises(TypeError, match="scales must be a sequence of integers, got 4"):
+        mra_attention(q, k, v, scales=4)
+    with pytest.raises(ValueError, match="scales must fall"):
+        mra_operations(22, 30, 6, scales=(1, 4))
+    with pytest.raises(ValueError, match="causal needs at least as many keys"):
+        mra_operations(30, 22, 6, causal=True)
+    with pytest.raises(TypeError, match="spread must be a floating point tensor, got torch.int64"):
+        jensen_ratio_bound(torch.arange(3))
+    with pytest.raises(ValueError, match="spread must not be negative or NaN"):
+        total_variation_bound(torch.tensor([math.nan]))
+    assert jensen_ratio_bound(torch.tensor([1e4, math.inf])).isinf().all()
+    large = torch.full((1, 1, 4, 2), 4e4, dtype=torch.float16)
+    assert torch.equal(block_means(large, 4)[0], large[:, :, :1])

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from paperbench.attention.core import check_attention, softmax_attention
-from paperbench.attention.routing_attention import KEYS, Routes, RoutingAttention, RoutingGPT, VALUES, VARIANTS, allowed_pairs, captured_mass, centroid_scores, commitment_loss, ema_update, fit_centroids, load_recall, local_attention, recall_stream, revive, route_topw, routing_attention, routing_cost, scatter_mean, spherical_norm, train_recall
+from paperbench.attention.core import check_attention, check_bad_input, softmax_attention
+from paperbench.attention.routing_attention import KEYS, Routes, RoutingAttention, RoutingGPT, VALUES, VARIANTS, allowed_pairs, captured_mass, centroid_scores, cluster_attention, commitment_loss, ema_update, fit_centroids, load_recall, local_attention, recall_stream, recent_in_cluster, revive, route_topw, routing_attention, routing_cost, scatter_mean, spherical_norm, train_recall
 from paperbench.models.decoder import rotary_angles, rotate
 
 
@@ -121,6 +121,9 @@ def test_the_battery():
         check_attention(
             partial(routing_attention, centroids=three, window=3), causal_only=True, average_tolerance=1.0
         )
+    check_bad_input(partial(routing_attention, centroids=three))
+    check_bad_input(nearest, causal_only=True)
+    check_bad_input(partial(local_attention, window=4))
 
 
 def test_no_gradient_from_the_future_but_membership_looks_ahead():
@@ -430,7 +433,11 @@ def test_shipped_models_answer():
 
 def test_bad_input_is_refused():
     q, k, v, centroids = vectors(8)
-    run = partial(routing_attention, q, k, v)
+    run, one = partial(routing_attention, q, k, v), torch.zeros(2, 3, 8)
+
+    def routes(batch):
+        return route_topw(centroid_scores(q[:batch], centroids), 2)
+
     for call, word in [
         (lambda: run(centroids=centroids[:2]), "centroids must be"),
         (lambda: run(centroids=centroids, window=0), "window must be a positive"),
@@ -451,6 +458,31 @@ def test_bad_input_is_refused():
         (lambda: train_recall("sparse"), "variant must be one of"),
         (lambda: load_recall("routing", 77), "variant and seed"),
         (lambda: routing_cost(0, 1, 8), "length must be a positive"),
+        (lambda: routing_cost(8, 0, 8), "clusters must be a positive"),
+        (lambda: run(centroids=centroids[:, :0]), "C at least 1"),
+        (lambda: route_topw(torch.zeros(3, 2, 8), 2), "scores must be"),
+        (lambda: cluster_attention(q, k, v, routes(1), routes(2)), "query_routes and key_routes must be"),
+        (lambda: recent_in_cluster(q, k, v, one.long(), one.long(), 0), "window must be a positive"),
+        (lambda: recent_in_cluster(q, k, v, one, one, 4), "query_cluster must be int64"),
+        (lambda: revive(centroids, q[:, :, :0]), "x must hold tokens"),
+        (lambda: fit_centroids(q[0], 2), "x must be a tensor"),
+        (lambda: RoutingAttention(24, 4, 2, 4, decay=2.0), "decay must lie"),
+        (lambda: RoutingAttention(24, 4, 2, 0), "window must be a positive"),
+        (lambda: RoutingAttention(24, 4, 2, 4)(torch.ones(2, 24)), "x must be"),
+        (lambda: RoutingGPT(9, **first_options())(torch.full((1, 4), 9)), "tokens must be"),
     ]:
         with pytest.raises(ValueError, match=word):
             call()
+
+
+def test_empty_batches_and_hidden_tokens_do_not_spoil_the_centroids():
+    layer, before = RoutingAttention(24, 4, 2, 4), torch.get_rng_state()
+    RoutingGPT(9, generator=torch.Generator().manual_seed(0), **first_options())
+    assert torch.equal(torch.get_rng_state(), before)
+    kept = layer.centroids.clone()
+    assert layer(torch.zeros(0, 5, 24)).shape == (0, 5, 24) and torch.equal(layer.centroids, kept)
+    x, hidden = torch.randn(2, 8, 24, generator=torch.Generator().manual_seed(0)), torch.zeros(2, 8).bool()
+    hidden[0, :2] = True
+    out = layer(x.masked_fill(hidden[..., None], math.nan), hidden)
+    assert out[~hidden].isfinite().all() and layer.centroids.isfinite().all()
+    assert (layer.centroids - kept).abs().max() > 0
