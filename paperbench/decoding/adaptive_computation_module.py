@@ -70,7 +70,8 @@ class ACMGate(nn.Module):
     ) -> None:
         super().__init__()
         _positive(d_in=d_in, n_learners=n_learners, hidden=hidden)
-        self.inner, self.outer = nn.Linear(d_in, hidden), nn.Linear(hidden, n_learners + 1)
+        bare = nn.utils.skip_init  # leaves torch's own generator alone
+        self.inner, self.outer = bare(nn.Linear, d_in, hidden), bare(nn.Linear, hidden, n_learners + 1)
         with torch.no_grad():
             for layer in (self.inner, self.outer):
                 layer.weight.copy_(_uniform(*layer.weight.shape, layer.in_features, generator))
@@ -153,7 +154,11 @@ class ACM(nn.Module):
 
         Returns:
             (..., d_out).
+
+        Raises:
+            ValueError: `keep` has another last dimension.
         """
+        _need(keep.shape[-1:] == (self.n_learners,), "keep", tuple(keep.shape), f"(..., {self.n_learners})")
         return (self.units(x) * keep[..., None]).flatten(-2) @ self.outer_weight + self.bias
 
     def learner_outputs(self, x: Tensor) -> Tensor:
@@ -182,7 +187,11 @@ class ACM(nn.Module):
 
         Returns:
             (...) int64 in 0..N; N everywhere if there is no gate.
+
+        Raises:
+            ValueError: `price` is not finite.
         """
+        _need(math.isfinite(price), "price", price, "finite")
         if self.gate is None:
             return torch.full(x.shape[:-1], self.n_learners, device=x.device)
         steps = torch.arange(self.n_learners + 1, device=x.device)
@@ -214,6 +223,15 @@ def acms(model: nn.Module) -> dict[str, ACM]:
     """The modules of a network, by name, in the order of the network."""
     return {name: part for name, part in model.named_modules() if isinstance(part, ACM)}
 
+
+def _gated(model: nn.Module, called: str = "model") -> dict[str, ACM]:
+    """The modules of a network; raise `ValueError` if there are none, or one has no gate."""
+    found = acms(model)
+    _need(len(found) > 0, called, type(model).__name__, "a network of modules, as from acmize")
+    bare = [name for name, part in found.items() if part.gate is None]
+    _need(not bare, called, f"no gate at {', '.join(bare[:3])}", "a network whose modules all have gates")
+    return found
+
 # %% ../../nbs/decoding/adaptive_computation_module.ipynb #e2260ab9
 def sorted_dispatch(acm: ACM, x: Tensor, k: Tensor) -> Tensor:
     """Run the first k learners for each token and compute nothing else.
@@ -230,8 +248,9 @@ def sorted_dispatch(acm: ACM, x: Tensor, k: Tensor) -> Tensor:
         ValueError: `k` has another shape, is no integer, or lies outside 0..N; `x` has another width.
     """
     _need(x.shape[-1] == acm.d_in, "x", f"{tuple(x.shape)}", f"(..., {acm.d_in})")
+    allowed = f"an integer tensor {tuple(x.shape[:-1])}"
+    _need(isinstance(k, Tensor), "k", repr(k), allowed)
     whole = not (k.dtype.is_floating_point or k.dtype == torch.bool)
-    allowed = f"integer {tuple(x.shape[:-1])}"
     _need(whole and k.shape == x.shape[:-1], "k", f"{k.dtype} {tuple(k.shape)}", allowed)
     if k.numel():
         low, high = int(k.min()), int(k.max())
@@ -266,15 +285,20 @@ def gumbel_choice(
         (..., N + 1) one-hot, dtype of `logits`.
 
     Raises:
-        ValueError: `temperature` is not positive.
+        ValueError: `temperature` is not positive and finite.
+        TypeError: logits are not floating.
 
     Source: Jang et al. 2016, straight-through Gumbel-softmax.
     """
-    _need(temperature > 0, "temperature", temperature, "positive")
+    _need(0 < temperature < math.inf, "temperature", temperature, "positive and finite")
+    if not logits.is_floating_point():
+        raise TypeError(f"logits must be floating, got {logits.dtype}")
     tiny = torch.finfo(torch.float32).tiny
-    u = torch.rand(logits.shape, generator=generator).clamp(tiny, 1 - 1e-7).to(logits)
-    soft = ((logits - (-u.log()).log()) / temperature).softmax(-1)
-    hard = F.one_hot(soft.argmax(-1), logits.shape[-1]).to(soft)
+    u = torch.rand(logits.shape, generator=generator).clamp(tiny, 1 - 1e-7)
+    exact = torch.promote_types(logits.dtype, torch.float32)  # half precision would round u to 0 and 1
+    noisy = logits - (-u.to(logits.device, exact).log()).log()
+    soft = (noisy / temperature).softmax(-1).to(logits)
+    hard = F.one_hot(noisy.argmax(-1), logits.shape[-1]).to(soft)
     return hard + soft - soft.detach()
 
 
@@ -323,12 +347,16 @@ def acmize(
         The copy, in eval mode, all its parameters with gradients.
 
     Raises:
-        ValueError: no layer has such a name, one of them holds no linear map, or `share` is not positive.
+        ValueError: no layer has such a name, one of them holds no linear map, or a size is not positive.
+        TypeError: `targets` is one string.
 
     Source: Wójcik et al. 2023; the paper replaces the four projections of attention one by one, here queries,
         keys and values are one layer and share a gate. Linear learners for linear layers are our choice.
     """
-    _need(share > 0, "share", share, "positive")
+    _need(0 < share < math.inf, "share", share, "positive")
+    _positive(n_learners=n_learners)
+    if isinstance(targets, str):
+        raise TypeError(f"targets must be a sequence of names, got {targets!r}")
     names = [name for name, _ in model.named_modules() if name.endswith(tuple(targets))]
     _need(len(names) > 0, "targets", targets, "ends of names of layers")
     made = copy.deepcopy(model)
@@ -349,16 +377,18 @@ def routed(model: nn.Module, policy: Callable[[str, ACM, Tensor], Tensor]) -> It
 
     Args:
         model: the network.
-        policy: function of a module's name, the module and its input that returns the module's output.
+        policy: function of a module's name, the module and its input that returns the module's output. Inside
+            of another such block it has its way until the inner block ends.
     """
     found = acms(model)
+    before = {name: part.policy for name, part in found.items()}
     for name, part in found.items():
         part.policy = lambda module, x, name=name: policy(name, module, x)
     try:
         yield
     finally:
-        for part in found.values():
-            del part.policy
+        for name, part in found.items():
+            part.policy = before[name]
 
 
 @torch.no_grad()
@@ -375,11 +405,16 @@ def run_gated(
 
     Returns:
         The network's output, and by module (B, T) int64 numbers of learners.
+
+    Raises:
+        ValueError: `where` is not bool of this shape, or `price` is not finite.
     """
     taken = {}
 
     def policy(name: str, module: ACM, x: Tensor) -> Tensor:
         k = module.choice(x, price)
+        good = where is None or (where.dtype == torch.bool and where.shape == k.shape)
+        _need(good, "where", getattr(where, "shape", None), f"bool, {tuple(k.shape)}")
         taken[name] = k if where is None else k * where
         return sorted_dispatch(module, x, taken[name])
 
@@ -411,7 +446,12 @@ def vit_flops(model: DigitsViT, taken: Mapping[str, Tensor] | None = None, image
 
     Returns:
         Operations of embedding, each block, and head, for all pictures; a multiply-add counts as two.
+
+    Raises:
+        ValueError: `taken` lacks a module.
     """
+    missing = set(acms(model)) - set(taken or acms(model))
+    _need(not missing, "taken", f"none for {sorted(missing)[:3]}", "for every module")
     images = images if not taken else len(next(iter(taken.values())))
     width, patches = model.norm.normalized_shape[0], model.embed.position.shape[1] - 1
     patch = model.embed.patch.kernel_size[0]
@@ -439,8 +479,13 @@ def used_share(model: nn.Module, taken: Mapping[str, Tensor]) -> float:
 
     Returns:
         A number in 0..1, weighted by cost: the quantity that the budget is about.
+
+    Raises:
+        ValueError: `taken` does not belong to the modules of this network, or it has none.
     """
     found = acms(model)
+    same = len(found) > 0 and taken.keys() == found.keys()
+    _need(same, "taken", f"for {len(taken)} modules", f"for the {len(found)} modules of the network, by name")
     done = sum(float(k.double().mean()) * found[name].cost for name, k in taken.items())
     return done / sum(part.cost * part.n_learners for part in found.values())
 
@@ -467,7 +512,8 @@ def teacher_activations(
 
         return hook
 
-    hooks = [teacher.get_submodule(name).register_forward_hook(keep(name)) for name in names]
+    parts = [teacher.get_submodule(name) for name in names]
+    hooks = [part.register_forward_hook(keep(name)) for name, part in zip(names, parts)]
     try:
         teacher(x)
     finally:
@@ -490,11 +536,13 @@ def linear_learners(acm: ACM, layer: nn.Linear, x: Tensor) -> Tensor:
         sum beyond k times `hidden` is the mean squared error of prefix k on `x`.
 
     Raises:
-        ValueError: the module is not linear.
+        ValueError: the module is not linear, or `x` holds no tokens of the layer's width.
 
     Source: Eckart and Young 1936, for the centred outputs.
     """
     _need(acm.activation == "linear", "acm", acm.activation, "a module with linear learners")
+    good = x.ndim == 2 and len(x) > 0 and x.shape[1] == layer.in_features
+    _need(good, "x", tuple(x.shape), f"(T, {layer.in_features}), T >= 1")
     mean = x.double().mean(0)
     weight = layer.weight.double()
     y = (x.double() - mean) @ weight.T
@@ -517,12 +565,17 @@ def neuron_learners(acm: ACM, mlp: nn.Module, x: Tensor) -> None:
         acm: module with the activation "gelu", changed in place.
         mlp: perceptron with the layers `inner` and `outer` and a GELU between them.
         x: (T, d_in) inputs that it meets.
+
+    Raises:
+        ValueError: the module has another activation.
     """
+    _need(acm.activation == "gelu", "acm", acm.activation, "a module with GELU learners")
     worth = F.gelu(mlp.inner(x)).std(0) * mlp.outer.weight.norm(dim=0)
     best = worth.argsort(descending=True)[: len(acm.inner_weight)]
-    acm.inner_weight.copy_(mlp.inner.weight[best])
-    acm.inner_bias.copy_(mlp.inner.bias[best])
-    acm.outer_weight.copy_(mlp.outer.weight.T[best])
+    acm.inner_weight[: len(best)] = mlp.inner.weight[best]
+    acm.inner_bias[: len(best)] = mlp.inner.bias[best]
+    acm.outer_weight[: len(best)] = mlp.outer.weight.T[best]
+    acm.outer_weight[len(best) :] = 0  # more units than neurons: the rest says nothing yet, and can learn
     acm.bias.copy_(mlp.outer.bias)
 
 
@@ -536,8 +589,13 @@ def prefix_errors(acm: ACM, x: Tensor, y: Tensor) -> Tensor:
 
     Returns:
         (T, N + 1): 1 is the mean error of the best constant.
+
+    Raises:
+        ValueError: the answers do not vary, as with fewer than two tokens.
     """
-    return (acm.prefix_outputs(x) - y[:, None]).square().mean(-1) / y.var(0).mean()
+    spread = y.var(0, correction=int(len(y) > 1)).mean()
+    _need(bool(spread > 0), "y", tuple(y.shape), "answers that vary from token to token")
+    return (acm.prefix_outputs(x) - y[:, None]).square().mean(-1) / spread
 
 
 def distil_learners(
@@ -568,10 +626,16 @@ def distil_learners(
     Returns:
         (steps, perceptrons, N + 1): mean `prefix_errors` in each step.
 
+    Raises:
+        ValueError: there are no modules or no images, or `steps` is negative.
+
     Source: Wójcik et al. 2023, module-wise representation distillation. The closed form for linear layers and
         the start from the trained neurons are ours.
     """
     names = list(acms(student))
+    _need(len(names) > 0, "student", type(student).__name__, "a network of modules, as from acmize")
+    _need(len(images) > 0, "images", len(images), "at least one")
+    _need(steps >= 0, "steps", steps, "at least 0")
     images = images.to(next(student.parameters()))
     draw = lambda count: jitter(images[torch.randint(len(images), (count,), generator=generator)], generator)
     seen = teacher_activations(teacher, draw(survey), names)
@@ -616,10 +680,14 @@ def allocate(errors: Sequence[Tensor], costs: Sequence[float], beta: float) -> t
         that costs as little has a smaller sum of errors.
 
     Raises:
-        ValueError: `beta` is outside 0..1, or `errors` and `costs` differ in number.
+        ValueError: `beta` is outside 0..1, `errors` and `costs` differ in number, a cost is not positive, or
+            an error is not finite.
     """
     _need(0 <= beta <= 1, "beta", beta, "within 0 to 1")
     _need(len(errors) == len(costs) > 0, "costs", f"{len(costs)} numbers", f"{len(errors)} numbers")
+    _need(min(costs) > 0, "costs", list(costs), "positive")
+    good = all(e.ndim == 2 and e.numel() > 0 and bool(e.isfinite().all()) for e in errors)
+    _need(good, "errors", [tuple(e.shape) for e in errors], "finite and (T, N + 1) with at least one token")
     total = sum(cost * e.shape[0] * (e.shape[1] - 1) for e, cost in zip(errors, costs))
     largest = max(float((e.max() - e.min()) / cost) for e, cost in zip(errors, costs))
     low, high = -60.0, 1.0 + math.log(max(largest, 1e-30))
@@ -661,9 +729,13 @@ def pretrain_gates(
     Returns:
         Mean cross-entropy of the gates in nats, one a step.
 
+    Raises:
+        ValueError: there are no modules or images, one module has no gate, or `beta` is outside 0..1.
+
     Source: Wójcik et al. 2023 begin with artificial labels too; `allocate` as their source is our choice.
     """
-    found = acms(student)
+    found = _gated(student, "student")
+    _need(len(images) > 0, "images", len(images), "at least one")
     images = images.to(next(student.parameters()))
     optimizer = torch.optim.Adam([p for part in found.values() for p in part.gate.parameters()], rate)
     costs = [part.cost / max(p.cost for p in found.values()) for part in found.values()]
@@ -686,6 +758,7 @@ def _average(value: Tensor, where: Tensor | None, dims: tuple[int, ...]) -> Tens
     """Mean of (B, T, ...) over `dims`, of real tokens only."""
     if where is None:
         return value.mean(dims)
+    _need(where.shape == value.shape[:2], "where", tuple(where.shape), f"of shape {tuple(value.shape[:2])}")
     weight = where.to(value).reshape(*where.shape, *[1] * (value.ndim - 2))
     return (value * weight).sum(dims) / weight.sum(dims).clamp_min(1)
 
@@ -704,9 +777,13 @@ def budget_loss(
     Returns:
         A scalar.
 
+    Raises:
+        ValueError: `beta` is outside 0..1, `choices` and `costs` differ in number, or `where` does not fit.
+
     Source: Wójcik et al. 2023, the budget term; the weighting of modules by cost is our choice.
     """
     _need(0 <= beta <= 1, "beta", beta, "within 0 to 1")
+    _need(len(choices) == len(costs) > 0, "costs", f"{len(costs)} numbers", f"{len(choices)} numbers")
     used = sum(c * _average(prefix_mask(z).mean(-1), where, (0, 1)) for z, c in zip(choices, costs))
     return (used / sum(costs) - beta).square()
 
@@ -720,7 +797,11 @@ def entropy_loss(choices: Sequence[Tensor], where: Tensor | None = None) -> Tens
 
     Returns:
         A scalar in -ln(N + 1)..0; small if a module uses all numbers of learners equally often.
+
+    Raises:
+        ValueError: there are no choices, or `where` does not fit.
     """
+    _need(len(choices) > 0, "choices", "none", "of at least one module")
     average = [_average(z, where, (0, 1)) for z in choices]
     return sum((a * a.clamp_min(1e-9).log()).sum() for a in average) / len(average)
 
@@ -734,7 +815,11 @@ def diversity_loss(choices: Sequence[Tensor], where: Tensor | None = None) -> Te
 
     Returns:
         A scalar in -1..0.
+
+    Raises:
+        ValueError: there are no choices, or `where` does not fit.
     """
+    _need(len(choices) > 0, "choices", "none", "of at least one module")
     used = [_average(prefix_mask(z).mean(-1), where, (1,)) for z in choices]
     return -sum((u[:, None] - u).abs().mean() for u in used) / len(used)
 
@@ -766,8 +851,13 @@ def fine_tune(
 
     Returns:
         The loss of every step.
+
+    Raises:
+        ValueError: no parameter has such a name, or there is not one label for each image.
     """
     learned = [p for name, p in model.named_parameters() if only in name]
+    _need(len(learned) > 0, "only", repr(only), "a part of the name of a parameter")
+    _need(len(images) == len(labels) > 0, "labels", len(labels), f"one for each of {len(images)} images")
     images = images.to(learned[0])
     optimizer = torch.optim.AdamW(learned, rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, max(steps, 1), pct_start=0.1)
@@ -808,9 +898,12 @@ def gated_loss(
     Returns:
         Function of images and labels.
 
+    Raises:
+        ValueError: there are no modules, or one has no gate.
+
     Source: Wójcik et al. 2023, end-to-end training; the weights are our choice.
     """
-    costs = [part.cost * part.n_learners for part in acms(model).values()]
+    costs = [part.cost * part.n_learners for part in _gated(model).values()]
 
     def loss_of(x: Tensor, labels: Tensor) -> Tensor:
         choices: list[Tensor] = []
@@ -842,11 +935,12 @@ def balanced_clusters(
         (R,) int64: a permutation; entries [g R / groups, (g + 1) R / groups) are cluster g.
 
     Raises:
-        ValueError: `groups` does not divide R.
+        ValueError: `groups` does not divide R, or `rounds` is not positive.
 
     Source: Zhang et al. 2021 (MoEfication), balanced k-means; the greedy assignment is our choice.
     """
     _need(groups > 0 and len(rows) % groups == 0, "groups", groups, f"a divisor of {len(rows)}")
+    _positive(rounds=rounds)
     z = F.normalize(rows.detach(), dim=1)
     centres = z[torch.randperm(len(z), generator=generator)[:groups].to(z.device)]
     for _ in range(rounds):
@@ -888,8 +982,13 @@ def expert_loss(model: nn.Module, beta: float, weight: float = 0.1) -> Callable[
     Returns:
         Function of images and labels.
 
+    Raises:
+        ValueError: `beta` is outside 0..1, there are no modules, or one has no gate.
+
     Source: Szatkowski et al. 2023 (routers that predict norms, any number of experts); quantiles are ours.
     """
+    _need(0 <= beta <= 1, "beta", beta, "within 0 to 1")
+    _gated(model)
 
     def loss_of(x: Tensor, labels: Tensor) -> Tensor:
         wrong = []
@@ -926,12 +1025,19 @@ def run_experts(
 
     Returns:
         The output, by module (B, T) numbers of experts, and by module the thresholds used.
+
+    Raises:
+        ValueError: there are no modules, one has no gate or no threshold, or the budget is outside 0..1.
     """
-    taken, used = {}, {}
+    found, taken, used = _gated(model), {}, {}
+    budget = None if isinstance(thresholds, Mapping) else float(thresholds)
+    _need(budget is None or 0 <= budget <= 1, "thresholds", thresholds, "by module, or within 0 to 1")
+    missing = set() if budget is not None else found.keys() - thresholds.keys()
+    _need(not missing, "thresholds", f"none for {sorted(missing)[:3]}", "for every module")
 
     def policy(name: str, module: ACM, x: Tensor) -> Tensor:
         scores = module.gate(x)[..., 1:]
-        used[name] = _quantile(scores, thresholds) if isinstance(thresholds, float) else thresholds[name]
+        used[name] = thresholds[name] if budget is None else _quantile(scores, budget)
         keep = scores > used[name]
         taken[name] = keep.sum(-1)
         return module.masked(x, keep.to(x))
@@ -981,7 +1087,12 @@ def leave_at(logits: Tensor, threshold: float) -> Tensor:
 
     Returns:
         (B,) int64.
+
+    Raises:
+        ValueError: logits are not (exits, B, classes) with an exit.
     """
+    good = logits.ndim == 3 and len(logits) > 0
+    _need(good, "logits", tuple(logits.shape), "(exits, B, classes), at least one exit")
     sure = logits.softmax(-1).amax(-1) >= threshold
     sure[-1] = True
     return sure.int().argmax(0)
@@ -1004,7 +1115,7 @@ def pack_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             packed[name] = value.half()
             continue
         rows = value.reshape(len(value), -1)
-        scale = (rows.abs().amax(1).clamp_min(1e-6) / 127).half()
+        scale = (rows.abs().amax(1) / 127).half().clamp_min(2**-24)  # the least positive float16
         levels = (rows / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
         packed[name] = levels.reshape(value.shape)
         packed[name + "@"] = scale

@@ -71,6 +71,13 @@ def _positive(**sizes: int) -> None:
         good = isinstance(size, int) and not isinstance(size, bool) and size > 0
         _need(good, name, repr(size), "a positive integer")
 
+
+def _like(x: Tensor, shape: Sequence[int], dtype: torch.dtype) -> None:
+    """Raise `ValueError` or `TypeError` unless a frame is like those that its stream has seen."""
+    _need(x.shape == torch.Size(shape), "x", tuple(x.shape), f"of the stream's shape {tuple(shape)}")
+    if x.dtype != dtype:
+        raise TypeError(f"x must be of the stream's dtype {dtype} until clean_state, got {x.dtype}")
+
 # %% ../../nbs/decoding/continual_inference_networks.ipynb #4d99a263
 class Continual(nn.Module):
     """A layer that can also take its input frame by frame.
@@ -147,7 +154,11 @@ class Continual(nn.Module):
 
         Returns:
             Frames that fell due, stacked in place 2, or None if there were none.
+
+        Raises:
+            ValueError: there is no place 2.
         """
+        _need(x.ndim >= 3, "x", tuple(x.shape), "(B, C, T, ...)")
         outputs, self._stream = self.steps(x.unbind(2), self._stream, pad_end)
         return torch.stack(outputs, 2) if outputs else None
 
@@ -194,8 +205,10 @@ def _run(layer: nn.Module, xs: Sequence[Tensor], state: Any, end: bool) -> tuple
     if isinstance(layer, Continual):
         return layer.steps(xs, state, end)
     timing(layer)
-    if layer.training and isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm3d)):
-        raise RuntimeError("batch normalisation must be in eval mode: one frame has no batch statistics")
+    if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm3d)) and (layer.training or layer.running_mean is None):
+        raise RuntimeError(
+            "batch normalisation must be in eval mode with running statistics: one frame has none of its own"
+        )
     return [layer(x.unsqueeze(2)).squeeze(2) for x in xs], None
 
 # %% ../../nbs/decoding/continual_inference_networks.ipynb #b29bcd55
@@ -242,6 +255,7 @@ class _CoConv(Continual):
 
         Raises:
             ValueError: the shape is wrong, or differs from the frames before.
+            TypeError: the dtype differs from the frames before.
 
         Source: Hedegaard 2023, continual convolution.
         """
@@ -251,8 +265,7 @@ class _CoConv(Continual):
         good = x.ndim == self.weight.ndim - 1 and x.shape[1] == self.in_channels
         _need(good, "x", tuple(x.shape), f"a frame {shape}")
         if state is not None:
-            same = state.frame.shape == x.shape
-            _need(same, "x", tuple(x.shape), f"of the stream's shape {tuple(state.frame.shape)}")
+            _like(x, state.frame.shape, state.frame.dtype)
         (reach, stride, clock), dilation = self.timing(), self.dilation[0]
         reach -= 1
         seen = clock if state is None else state.seen
@@ -352,6 +365,8 @@ class CoPool(Continual):
 
     def forward(self, x: Tensor) -> Tensor:
         """Pool a sequence offline; (B, C, T, ...) to (B, C, T', ...)."""
+        good = x.ndim >= 3 and x.shape[2] >= self.size
+        _need(good, "x", tuple(x.shape), f"(B, C, T, ...) with T at least {self.size}")
         windows = x.unfold(2, self.size, self.stride)
         return windows.mean(-1) if self.kind == "avg" else windows.amax(-1)
 
@@ -364,8 +379,14 @@ class CoPool(Continual):
 
         Returns:
             The pooled frame (B, C, ...), or None; and the state.
+
+        Raises:
+            ValueError: the shape differs from the frames before.
+            TypeError: the dtype differs.
         """
         queue, total, seen, age = state or PoolState((), None, 0, 0)
+        if queue:
+            _like(x, queue[-1].shape, queue[-1].dtype)
         full = len(queue) == self.size
         new = (*queue[full:], x)
         if self.kind == "avg":
@@ -418,7 +439,13 @@ class CoDelay(Continual):
 
         Returns:
             The frame of `delay` steps ago, or None; and the state.
+
+        Raises:
+            ValueError: the shape differs from the frames before.
+            TypeError: the dtype differs.
         """
+        if state:
+            _like(x, state[-1].shape, state[-1].dtype)
         queue = (*(state or ()), x)
         return (queue[0], queue[1:]) if len(queue) > self.delay else (None, queue)
 
@@ -600,8 +627,9 @@ def continual(module: nn.Module) -> nn.Module:
     """
     if isinstance(module, (Continual, *POINTWISE)):
         return module
-    if isinstance(module, nn.Sequential):
-        made = CoSequential(OrderedDict((name, continual(m)) for name, m in module.named_children()))
+    if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
+        # not named_children, which leaves out a layer that is used twice
+        made = CoSequential(OrderedDict((name, continual(m)) for name, m in module._modules.items()))
         return made.train(module.training)
     for plain, co in ((nn.Conv1d, CoConv1d), (nn.Conv3d, CoConv3d)):
         if type(module) is plain:
@@ -616,6 +644,8 @@ def continual(module: nn.Module) -> nn.Module:
             for n in (module.kernel_size, module.stride, module.padding, getattr(module, "dilation", 1))
         )
         _need((padding, dilation) == (0, 1), "padding and dilation", (padding, dilation), "0 and 1")
+        for option in ("ceil_mode", "return_indices"):
+            _need(not getattr(module, option, False), option, True, "False")
         return CoPool(size, stride, "avg" if isinstance(module, nn.AvgPool1d) else "max")
     raise TypeError(f"module must have a continual form, got {type(module).__name__}")
 
@@ -671,25 +701,34 @@ def retroactive_step(
         state: from an earlier step; None for an empty window. It is not changed.
         window: tokens in a full window, n.
         scale: factor on q . k; None means 1 / sqrt(D).
-        guard: recompute a row whose denominator was this many times larger before; None for never.
+        guard: recompute a row whose denominator was this many times larger before, or whose sums are not
+            finite; None for never.
 
     Returns:
         (B, H, m, E), oldest token first, m the tokens in the window now; and the state.
 
     Raises:
-        ValueError: shapes do not fit, or an option is out of range.
+        ValueError: shapes do not fit each other or the state, or an option is out of range.
+        TypeError: q, k, v and the state have different dtypes, or integers.
 
     Source: Hedegaard 2023, continual retroactive attention. References and guard are this page's.
     """
     _positive(window=window)
     good = q.ndim == 3 and q.shape == k.shape and v.ndim == 3 and v.shape[:2] == q.shape[:2]
     _need(good, "q, k and v", [tuple(x.shape) for x in (q, k, v)], "(B, H, D), (B, H, D) and (B, H, E)")
+    if not (q.is_floating_point() and q.dtype == k.dtype == v.dtype):
+        raise TypeError(f"q, k and v must be floating and of one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
     _need(guard is None or guard > 1, "guard", guard, "None or above 1")
     q, k, v = (x[:, :, None] for x in (q * (q.shape[2] ** -0.5 if scale is None else scale), k, v))
     refreshed = 0
     if state is None:
         keys, values = k, v
     else:
+        held, wanted = (*state.keys.shape, state.values.shape[3]), (*q.shape[:2], q.shape[3], v.shape[3])
+        good = held[:2] + held[3:] == wanted and held[2] <= window
+        _need(good, "state", held, f"(B, H, m, D, E) with (B, H, D, E) = {wanted} and m up to {window}")
+        if state.keys.dtype != k.dtype:
+            raise TypeError(f"state must be of the dtype of k, {k.dtype}, got {state.keys.dtype}")
         full = int(state.keys.shape[2] == window)
         queries, numerators, denominators, references, peaks = (
             x[:, :, full:] for x in (*state[:1], *state[3:7])
@@ -711,7 +750,8 @@ def retroactive_step(
         denominators = grown + change[..., 1:].sum(-1)
         numerators = numerators * decay[..., None] + change @ torch.cat([v, state.values[:, :, :full]], 2)
         if guard is not None:
-            doubtful = denominators * guard < peaks
+            # written so that NaN is doubtful, which must not outlive the token that brought it
+            doubtful = ~(denominators * guard >= peaks) | ~numerators.isfinite().all(-1)
             if bool(doubtful.any()):
                 batch, head, _ = where = doubtful.nonzero(as_tuple=True)
                 rows = _fresh(queries[where][:, None], keys[batch, head], values[batch, head])
@@ -880,6 +920,7 @@ class CoSingleOutputAttention(_CoAttention):
         self._token(x)
         q, k, v = _qkv(self, x[:, None], self.heads)
         if state is not None:
+            _like(_joined(k)[:, 0], (len(state[0]), self.dim), state[0].dtype)
             full = int(state[0].shape[2] == self.window)
             k, v = (torch.cat([old[:, :, full:], new], 2) for old, new in zip(state, (k, v), strict=True))
         if k.shape[2] < self.window:
@@ -908,6 +949,8 @@ class RecyclingPositionalEncoding(Continual):
 
     def forward(self, x: Tensor, start: int = 0) -> Tensor:
         """Add entries to (B, C, T), whose first frame is number `start` of the stream."""
+        dim = self.table.shape[1]
+        _need(x.ndim == 3 and x.shape[1] == dim, "x", tuple(x.shape), f"(B, {dim}, T)")
         return x + self.table[(start + torch.arange(x.shape[2], device=x.device)) % len(self.table)].mT
 
     def step(self, x: Tensor, state: int | None = None) -> tuple[Tensor, int]:
@@ -919,7 +962,12 @@ class RecyclingPositionalEncoding(Continual):
 
         Returns:
             (B, C); and the state.
+
+        Raises:
+            ValueError: the shape is wrong.
         """
+        dim = self.table.shape[1]
+        _need(x.ndim == 2 and x.shape[1] == dim, "x", tuple(x.shape), f"a frame (B, {dim})")
         number = state or 0
         return x + self.table[number % len(self.table)], number + 1
 
@@ -937,6 +985,7 @@ class CoTransformerEncoder(Continual):
 
     Raises:
         ValueError: `window` is not a positive integer.
+        TypeError: `encoder` is no `nn.TransformerEncoder`.
 
     Source: Hedegaard 2023, continual transformer encoders of one and two blocks; blocks in the middle of
         deeper ones are computed in full here.
@@ -945,6 +994,8 @@ class CoTransformerEncoder(Continual):
     def __init__(self, encoder: nn.TransformerEncoder, window: int, guard: float | None = 100.0) -> None:
         super().__init__()
         _positive(window=window)
+        if not isinstance(encoder, nn.TransformerEncoder):
+            raise TypeError(f"encoder must be an nn.TransformerEncoder, got {type(encoder).__name__}")
         self.layers, self.norm, self.window, self.guard = encoder.layers, encoder.norm, window, guard
 
     def timing(self) -> Timing:
@@ -973,7 +1024,9 @@ class CoTransformerEncoder(Continual):
 
     def forward(self, x: Tensor, trim: bool = True) -> Tensor:
         """The encoder on every window of (B, C, T); `trim` skips unread rows of the last block."""
-        _need(x.ndim == 3 and x.shape[2] >= self.window, "x", tuple(x.shape), f"(B, C, T >= {self.window})")
+        dim = self.layers[0].linear1.in_features
+        good = x.ndim == 3 and x.shape[1] == dim and x.shape[2] >= self.window
+        _need(good, "x", tuple(x.shape), f"(B, {dim}, T) with T at least {self.window}")
         rows = x.unfold(2, self.window, 1).permute(0, 2, 3, 1)
         for number, layer in enumerate(self.layers):
             rows = self._block(layer, rows, newest=trim and number == len(self.layers) - 1)
@@ -990,7 +1043,10 @@ class CoTransformerEncoder(Continual):
         Returns:
             The newest row, (B, C), or None; and the state.
         """
-        _need(x.ndim == 2, "x", tuple(x.shape), "a frame (B, C)")
+        dim = self.layers[0].linear1.in_features
+        _need(x.ndim == 2 and x.shape[1] == dim, "x", tuple(x.shape), f"a frame (B, {dim})")
+        if state is not None:
+            _like(x, (len(state[0]), dim), state[0].dtype)
         tokens, inner = state or (x[:, None, :][:, :0], None)
         first, heads = self.layers[0], self.layers[0].self_attn.num_heads
         tokens = torch.cat([tokens[:, int(tokens.shape[1] == self.window) :], x[:, None]], 1)
@@ -1029,9 +1085,12 @@ def flops_per_step(layer: nn.Module, shape: Sequence[int]) -> tuple[float, tuple
 
     Raises:
         TypeError: operations of this layer are not known.
+        ValueError: a convolution does not take such a frame.
     """
     shape = tuple(shape)
     if isinstance(layer, _CoConv):
+        good = len(shape) == layer.weight.ndim - 2 and shape[0] == layer.in_channels
+        _need(good, "shape", shape, f"({layer.in_channels}" + (", H, W)" if layer.weight.ndim == 5 else ",)"))
         space = [
             (size + 2 * p - d * (k - 1) - 1) // s + 1
             for size, p, d, k, s in zip(
@@ -1093,6 +1152,7 @@ class StructuredPruningAdapter(nn.Module):
 
     Raises:
         ValueError: `rank` is not a positive integer or None.
+        TypeError: `base` is no `nn.Linear`.
 
     Source: Hedegaard 2023, structured pruning low-rank adapters. The initial deviation of `down`,
         in ** -0.5, is our choice. The bias is learned.
@@ -1102,6 +1162,8 @@ class StructuredPruningAdapter(nn.Module):
         self, base: nn.Linear, rank: int | None = 4, generator: torch.Generator | None = None
     ) -> None:
         super().__init__()
+        if not isinstance(base, nn.Linear):
+            raise TypeError(f"base must be an nn.Linear, got {type(base).__name__}")
         rows, columns = base.weight.shape
         kind = dict(dtype=base.weight.dtype, device=base.weight.device)
         self.base = nn.Parameter(base.weight.detach().clone(), requires_grad=rank is None)
@@ -1133,15 +1195,21 @@ class StructuredPruningAdapter(nn.Module):
             columns: bool, (in,), true to keep; None for all.
 
         Raises:
-            ValueError: a mask has another shape or dtype, or nothing would be left.
+            ValueError: a mask has another shape or dtype, or nothing would be left; then nothing is pruned.
+            TypeError: a mask is no tensor.
         """
+        left = {}
         for name, keep in (("rows", rows), ("columns", columns)):
             mask = getattr(self, name)
             if keep is not None:
+                if not isinstance(keep, Tensor):
+                    raise TypeError(f"{name} must be a bool tensor, got {type(keep).__name__}")
                 good = keep.shape == mask.shape and keep.dtype == torch.bool
                 _need(good, name, f"{keep.dtype} {tuple(keep.shape)}", f"bool {tuple(mask.shape)}")
-                _need(bool((mask & keep).any()), name, "a mask that keeps nothing", "true somewhere")
-                setattr(self, name, mask & keep)
+                left[name] = mask & keep
+                _need(bool(left[name].any()), name, "a mask that keeps nothing", "true somewhere")
+        for name, mask in left.items():
+            setattr(self, name, mask)
 
     def fuse(self) -> nn.Linear:
         """The same map of the kept inputs to the kept outputs, as a small ordinary layer."""

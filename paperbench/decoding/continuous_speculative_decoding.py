@@ -118,11 +118,12 @@ def spec_accept(log_p: Tensor, log_q: Tensor, u: Tensor) -> Tensor:
         bool, the same shape.
 
     Raises:
-        ValueError: shapes differ, `log_q` is not finite, or `log_p` is NaN.
+        ValueError: shapes differ, `log_q` is not finite, `log_p` is NaN, or `u` is outside [0, 1).
     """
     _need(log_p.shape == log_q.shape == u.shape, "u", tuple(u.shape), f"of shape {tuple(log_p.shape)}")
     _need(bool(log_q.isfinite().all()), "log_q", "others", "finite: a draft has density 0 under its own law")
     _need(not bool(log_p.isnan().any()), "log_p", "NaN", "log-densities")
+    _need(bool(((u >= 0) & (u < 1)).all()), "u", "others", "in [0, 1)")
     return u.log() < log_p - log_q
 
 
@@ -167,9 +168,13 @@ def residual_sample(
         A `Residual`.
 
     Raises:
-        ValueError: `max_tries` is below 1.
+        ValueError: `max_tries` is below 1, or shapes do not fit.
     """
     _need(max_tries >= 1, "max_tries", max_tries, "at least 1")
+    good = where.ndim == 1 and where.dtype == torch.bool
+    _need(good, "where", f"{where.dtype} {tuple(where.shape)}", "bool, (B,)")
+    shape = tuple(torch.as_tensor(log_factor).shape)
+    _need(shape in ((), where.shape), "log_factor", shape, f"a number, or of shape ({len(where)},)")
     left = where.nonzero()[:, 0]
     shape = p.rows(left[:0]).sample(generator)
     sample = shape.new_zeros(len(where), shape.shape[-1])
@@ -237,8 +242,13 @@ def speculative_step(
         A `Kept`.
 
     Raises:
-        ValueError: a draft has density 0 under `q`, or `max_tries` is below 1.
+        ValueError: a draft has density 0 under `q`, `max_tries` is below 1, or shapes do not fit.
     """
+    _need(x.ndim == 2 and x.is_floating_point(), "x", f"{x.dtype} {tuple(x.shape)}", "floating, (B, d)")
+    given = tuple(x.shape[:1] if log_ratio is None else log_ratio.shape)
+    _need(given == x.shape[:1], "log_ratio", given, f"of shape ({len(x)},)")
+    width = p.rows(torch.zeros(0, dtype=torch.int64, device=x.device)).sample(generator).shape[1]
+    _need(x.shape[1] == width, "x", tuple(x.shape), f"of shape (B, {width}), as draws of p")
     log_q = q.log_prob(x)
     log_p = p.log_prob(x) + log_factor if log_ratio is None else log_q + log_ratio
     accepted = spec_accept(log_p, log_q, _draw(torch.rand, tuple(log_q.shape), log_q, generator))
@@ -282,11 +292,18 @@ def rule_on_grid(
 
     Returns:
         A `GridLaw`. Where the residual is empty, the last resort, p, is written.
+
+    Raises:
+        ValueError: shapes differ, or `cell` is not positive.
     """
+    _need(log_p.shape == log_q.shape, "log_q", tuple(log_q.shape), f"of shape {tuple(log_p.shape)}")
+    _need(cell > 0, "cell", cell, "positive")
     p, q = log_p.exp(), log_q.exp()
-    ratio = log_p - log_q + log_factor if log_ratio is None else log_ratio
+    nowhere = (log_p == -math.inf) & (log_q == -math.inf)  # neither law comes here: no 0 / 0
+    own = torch.where(nowhere, 0, log_p - log_q) + log_factor
+    ratio = own if log_ratio is None else log_ratio
     accepted = q * ratio.clamp_max(0).exp()
-    kept = p * -torch.expm1(-(log_p - log_q + log_factor).clamp_min(0))
+    kept = p * -torch.expm1(-own.clamp_min(0))
     mass = kept.sum(-1, keepdim=True) * cell
     law = torch.where(mass > 1e-12, kept / mass.clamp_min(1e-12), p)
     chance = accepted.sum(-1, keepdim=True) * cell
@@ -351,7 +368,8 @@ def denoise(head: StepHead, condition: Tensor, noises: Tensor) -> Trace:
     Raises:
         ValueError: there is another number of noises.
     """
-    _need(noises.shape[-2] == head.steps + 1, "noises", tuple(noises.shape), f"(..., {head.steps + 1}, d)")
+    fits = noises.ndim >= 2 and noises.shape[-2] == head.steps + 1
+    _need(fits, "noises", tuple(noises.shape), f"(..., {head.steps + 1}, d)")
     x, path, means, stds = noises[..., 0, :], [], [], []
     for number, t in enumerate(range(head.steps, 0, -1)):
         mean, std = head.step(x, t, condition)
@@ -369,13 +387,21 @@ class MixtureHead:
     not, so its law tends to the mixture as the steps grow in number; for one Gaussian it is all Gaussian.
 
     Args:
-        weights: shares, (K,).
+        weights: shares, (K,), not negative; they need not sum to one.
         means, stds: of the parts, (K,); all coordinates alike.
         steps: T.
+
+    Raises:
+        ValueError: `steps` is below 1, shapes differ, or there are no shares.
     """
 
     def __init__(self, weights: Tensor, means: Tensor, stds: Tensor, steps: int = 8) -> None:
         _need(steps >= 1, "steps", steps, "at least 1")
+        shapes = tuple(tuple(x.shape) for x in (weights, means, stds))
+        good = weights.ndim == 1 and len(set(shapes)) == 1
+        _need(good, "weights, means and stds", shapes, "of one shape (K,)")
+        good = bool((weights >= 0).all()) and bool((weights > 0).any())
+        _need(good, "weights", weights.tolist(), "not negative and not all zero")
         self.weights, self.means, self.stds, self.steps = weights, means, stds, steps
         angle = (torch.arange(steps + 1, dtype=torch.float64) / steps + 0.008) / 1.008 * math.pi / 2
         self.kept = (angle.cos() ** 2 / angle[0].cos() ** 2).clamp(1e-4, 1.0).to(means)
@@ -388,6 +414,7 @@ class MixtureHead:
             t: in 1..T.
             condition: added to all means, (..., d).
         """
+        _need(1 <= t <= self.steps, "t", t, f"in 1..{self.steps}")
         now, before = self.kept[t], self.kept[t - 1]
         mean, var = self.means + condition[..., None], self.stds.square()
         noise, parts = 1 - now, x[..., None]
@@ -461,7 +488,12 @@ def replay(head: StepHead, condition: Tensor, points: Tensor) -> Trace:
 
     Returns:
         A `Trace` with that path and this chain's means and standard deviations.
+
+    Raises:
+        ValueError: there is another number of points.
     """
+    fits = points.ndim >= 2 and points.shape[-2] == head.steps + 1
+    _need(fits, "points", tuple(points.shape), f"(..., {head.steps + 1}, d)")
     found = [head.step(points[..., n, :], head.steps - n, condition) for n in range(head.steps)]
     means = torch.stack([mean for mean, _ in found], -2)
     stds = torch.stack([std.expand_as(mean) for mean, std in found], -2)
@@ -607,6 +639,7 @@ class DiffusionHead(nn.Module):
             t: in 1..T.
             condition: (..., c).
         """
+        _need(1 <= t <= self.steps, "t", t, f"in 1..{self.steps}")
         v, raw = self.predict(x, t, condition)
         now, before = self.shares[t], self.shares[t - 1]
         share = 1 - now / before  # what `law` computes, with plain numbers
@@ -684,6 +717,7 @@ class PatchModel(nn.Module):
         names = "length width classes dim layers heads hidden head_hidden head_blocks head_steps".split()
         found = locals()
         self.config: dict[str, int] = {name: found[name] for name in names}
+        _need(length >= 1, "length", length, "at least 1")
         self.length, self.width, self.classes = length, width, classes
         self.decoder = Decoder(classes, dim, layers, heads, hidden, context=length)
         self.enter, self.place = nn.Linear(width, dim), nn.Parameter(torch.randn(length, dim) * dim**-0.5)
@@ -718,11 +752,13 @@ class PatchModel(nn.Module):
             (B, N, dim).
 
         Raises:
-            ValueError: a label is out of range, or there are not d coordinates.
+            ValueError: a label is out of range, or shapes do not fit.
         """
         _need(values.shape[-1] == self.width, "values", tuple(values.shape), f"(B, N, {self.width})")
         inside = not labels.numel() or 0 <= int(labels.min()) <= int(labels.max()) < self.classes
         _need(inside, "labels", "others", f"in 0..{self.classes - 1}")
+        shape = (len(values),)
+        _need(labels.shape == shape, "labels", tuple(labels.shape), f"of shape {shape}, one for each row")
         rows, count = places.shape
         first, step = self.decoder.prepare(labels[:, None].expand(rows, count), cache, padding=padding)
         stream = torch.where((places == 0)[..., None], first, self.enter(values)) + self.place[places]
@@ -739,7 +775,12 @@ class PatchModel(nn.Module):
 
         Returns:
             (B, L, dim); entry i is the condition of token i + 1 and has seen the class and i tokens.
+
+        Raises:
+            ValueError: there are not L tokens, or see `states`.
         """
+        fits = tokens.ndim == 3 and tokens.shape[1] == self.length
+        _need(fits, "tokens", tuple(tokens.shape), f"of shape (B, {self.length}, {self.width})")
         shifted = torch.cat([torch.zeros_like(tokens[:, :1]), tokens[:, :-1]], 1)
         places = torch.arange(self.length, device=tokens.device).expand(len(tokens), -1)
         return self.states(shifted, labels, places)
@@ -761,8 +802,10 @@ def patchify(images: Tensor, side: int = 2) -> Tensor:
     Raises:
         ValueError: the shape does not fit.
     """
+    _need(side >= 1, "side", side, "at least 1")
     fits = images.ndim == 4 and images.shape[1] == 1 and not any(n % side for n in images.shape[2:])
-    _need(fits, "images", tuple(images.shape), f"(B, 1, H, W) with multiples of {side}")
+    fits &= images.is_floating_point()
+    _need(fits, "images", f"{images.dtype} {tuple(images.shape)}", f"floating, (B, 1, multiples of {side})")
     return F.unfold((images - PAPER) / INK, side, stride=side).mT.contiguous()
 
 
@@ -776,7 +819,13 @@ def unpatchify(tokens: Tensor, size: int = 8, side: int = 2) -> Tensor:
 
     Returns:
         (B, 1, size, size).
+
+    Raises:
+        ValueError: the shape does not fit.
     """
+    wanted = ((size // side) ** 2, side * side) if side >= 1 and size % side == 0 else ("L", "side * side")
+    fits = tokens.ndim == 3 and tokens.shape[1:] == wanted
+    _need(fits, "tokens", tuple(tokens.shape), f"of shape (B, {wanted[0]}, {wanted[1]})")
     return (F.fold(tokens.mT, size, side, stride=side) * INK + PAPER).clamp(0, 1)
 
 
@@ -812,8 +861,10 @@ def train_patch_model(
         The model in eval mode without gradients, and the loss of every step.
 
     Raises:
-        ValueError: there are not as many labels as images.
+        ValueError: there are no images or not as many labels, or `steps` or `batch` is too small.
     """
+    for name, value, least in (("images", len(images), 1), ("steps", steps, 1), ("batch", batch, 2)):
+        _need(value >= least, name, value, f"at least {least}")
     _need(len(images) == len(labels), "labels", len(labels), f"as many as images, {len(images)}")
     draws = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
@@ -985,7 +1036,8 @@ class CSpD:
 
     Args:
         draft: model that drafts.
-        target: model whose law is wanted; tokens and steps of both have the same numbers.
+        target: model whose law is wanted; tokens, classes and steps of both have the same numbers, and their
+            weights the same dtype.
         gamma: most drafts in a round; 0 for none, which is plain decoding.
         prefill: share of the tokens that the target writes alone at the start, in [0, 1].
         aligned: whether draft and target share the noises of all steps; "replay" does not need it.
@@ -1010,14 +1062,15 @@ class CSpD:
         temperature: float = 1.0,
         max_tries: int = 1000,
     ) -> None:
-        _need(gamma >= 0, "gamma", gamma, "at least 0")
+        _need(isinstance(gamma, int) and gamma >= 0, "gamma", gamma, "an integer of at least 0")
         _need(0 <= prefill <= 1, "prefill", prefill, "in [0, 1]")
         _need(mode in MODES, "mode", repr(mode), f"one of {', '.join(MODES)}")
         most = 1.0 if mode == "replay" else math.inf
         _need(1 <= temperature <= most, "temperature", temperature, "at least 1, and 1 for mode 'replay'")
         _need(max_tries >= 1, "max_tries", max_tries, "at least 1")
-        mine, yours = ((m.length, m.width, m.head.steps) for m in (draft, target))
-        _need(mine == yours, "draft", mine, f"of the length, width and steps of the target, {yours}")
+        mine, yours = ((m.length, m.width, m.head.steps, m.classes, m.place.dtype) for m in (draft, target))
+        what = "length, width, steps, classes and dtype"
+        _need(mine == yours, "draft", mine, f"of the {what} of the target, {yours}")
         self.draft, self.target, self.gamma, self.prefill = draft, target, gamma, prefill
         self.aligned, self.mode, self.temperature, self.max_tries = aligned, mode, temperature, max_tries
 
@@ -1037,15 +1090,18 @@ class CSpD:
 
         Raises:
             TypeError: labels are not integers.
-            ValueError: a label is out of range, or `noises` has another shape.
+            ValueError: a label is out of range, or `noises` has another shape or is not finite.
         """
+        if not isinstance(labels, Tensor):
+            raise TypeError(f"labels must be integers (B,), got {type(labels).__name__}")
         if labels.is_floating_point() or labels.dtype == torch.bool or labels.ndim != 1:
             raise TypeError(f"labels must be integers (B,), got {labels.dtype} {tuple(labels.shape)}")
         target, like = self.target, self.target.place
         batch, length, device = len(labels), target.length, like.device
         shape = (batch, length, target.head.steps + 1, target.width)
         noises = _draw(torch.randn, shape, like, generator) if noises is None else noises.to(like, copy=True)
-        _need(noises.shape == shape, "noises", tuple(noises.shape), f"of shape {shape}")
+        good = noises.shape == shape and bool(noises.isfinite().all())
+        _need(good, "noises", tuple(noises.shape), f"finite, of shape {shape}")
         hints = noises.clone() if self.aligned else _draw(torch.randn, shape, like, generator)
         labels = labels.to(device).long()
         row, counters = torch.arange(batch, device=device), Counters(batch, device)

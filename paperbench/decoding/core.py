@@ -6,8 +6,9 @@
 __all__ = ['LanguageModel', 'TableModel', 'TokenLaw', 'Draws', 'Tape', 'Enumeration', 'enumerate_law', 'overlap', 'residual',
            'rejection_rule', 'DraftTree', 'Proposal', 'Verdict', 'walk_tree', 'Counters', 'Text', 'CachedModel',
            'DecodingState', 'Strategy', 'Autoregressive', 'Round', 'Decoding', 'generate', 'Speculative',
-           'TreeSpeculative', 'early_exit', 'exact_law', 'output_law', 'LosslessCheck', 'check_lossless',
-           'expected_tokens', 'expected_speedup', 'best_gamma', 'expected_tree_tokens', 'rounds_figure']
+           'TreeSpeculative', 'early_exit', 'DecoderView', 'deeper_cache', 'slot_step', 'exact_law', 'output_law',
+           'LosslessCheck', 'check_lossless', 'expected_tokens', 'expected_speedup', 'best_gamma',
+           'expected_tree_tokens', 'run_lengths', 'Replay', 'replay_rounds', 'rounds_figure']
 
 # %% ../../nbs/decoding/core.ipynb #cd4b48f1
 import copy
@@ -22,7 +23,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from ..models.decoder import Decoder, Generation, KVCache, next_token_log_probs
+from paperbench.models.decoder import (
+    Decoder,
+    Generation,
+    KVCache,
+    Step,
+    next_token_log_probs,
+    rotary_angles,
+)
 from ..plots import colors, figure
 
 # %% ../../nbs/decoding/core.ipynb #73a66a0c
@@ -132,6 +140,8 @@ class TableModel(nn.Module):
             share: in [0, 1].
         """
         _need(0 <= share <= 1, "share", share, "in [0, 1]")
+        shapes = tuple(other.table.shape), tuple(self.table.shape)
+        _need(shapes[0] == shapes[1], "other", f"a table {shapes[0]}", f"a table {shapes[1]}")
         return TableModel((1 - share) * self.table + share * other.table, self.context)
 
     def new_cache(self, batch: int, capacity: int | None = None) -> KVCache:
@@ -163,8 +173,11 @@ class TableModel(nn.Module):
             (B, N, V), in the dtype of the table.
 
         Raises:
-            ValueError: the cache has another number of rows, or a token is not in the vocabulary.
+            TypeError: tokens are not integers.
+            ValueError: tokens are not (B, N) or not in the vocabulary, or the cache is for other rows.
         """
+        _integers("tokens", tokens)
+        _need(tokens.ndim == 2, "tokens", tuple(tokens.shape), "of shape (B, N)")
         batch, length = tokens.shape
         _need(cache is None or cache.batch == batch, "cache", getattr(cache, "batch", 0), f"for {batch} rows")
         inside = not tokens.numel() or 0 <= int(tokens.min()) <= int(tokens.max()) < self.vocabulary
@@ -309,6 +322,7 @@ def _checked_weights(weights: Tensor, where: Tensor | None) -> Tensor:
         tuple(where.shape),
         f"of shape {tuple(weights.shape[:-1])}",
     )
+    _need(where.dtype == torch.bool, "where", where.dtype, "bool")
     total = weights.sum(-1)
     good = (total > 0) & total.isfinite() & (weights >= 0).all(-1)
     if bool((where & ~good).any()):
@@ -321,6 +335,7 @@ def _checked_probability(probability: Tensor, where: Tensor | None) -> Tensor:
     _need(
         where.shape == probability.shape, "where", tuple(where.shape), f"of shape {tuple(probability.shape)}"
     )
+    _need(where.dtype == torch.bool, "where", where.dtype, "bool")
     if bool((where & ~((probability >= 0) & (probability <= 1))).any()):
         raise ValueError("probability must lie in [0, 1]")
     return where
@@ -489,7 +504,13 @@ def enumerate_law(
             waiting.append(found)
         if branches + sum(len(w[2]) for w in waiting) > most:
             raise ValueError(f"most must allow all branches of the procedure, there are more than {most}")
-        kinds, which = outcome.reshape(len(outcome), -1).cpu().unique(dim=0, return_inverse=True)
+        many = len(outcome)
+        _need(many == len(lengths), "run", f"{many} outcomes", f"with {len(lengths)} outcomes")
+        outcome = outcome.reshape(len(outcome), -1).cpu()
+        if outcome.shape[1]:
+            kinds, which = outcome.unique(dim=0, return_inverse=True)
+        else:  # nothing is returned, in every branch
+            kinds, which = outcome[:1], torch.zeros(len(outcome), dtype=torch.int64)
         mass = torch.zeros(len(kinds), dtype=torch.float64).index_add(0, which, tape.probability)
         for kind, chance in zip(kinds.tolist(), mass.tolist(), strict=True):
             law[tuple(kind)] = law.get(tuple(kind), 0.0) + chance
@@ -596,6 +617,7 @@ class DraftTree:
 
     def __post_init__(self) -> None:
         """Check the order."""
+        object.__setattr__(self, "parents", tuple(self.parents))
         good = all(-1 <= parent < node for node, parent in enumerate(self.parents))
         _need(good, "parents", self.parents, "numbers of earlier nodes, or -1")
 
@@ -605,7 +627,11 @@ class DraftTree:
 
         Args:
             length: number of nodes.
+
+        Raises:
+            ValueError: it is negative.
         """
+        _need(length >= 0, "length", length, "at least 0")
         return cls(tuple(range(-1, length - 1)))
 
     @classmethod
@@ -636,8 +662,9 @@ class DraftTree:
             paths: every node's path; that of its parent must be among them.
 
         Raises:
-            ValueError: a path is empty or twice there, or its parent is missing.
+            ValueError: a path is empty, negative or twice there, or its parent is missing.
         """
+        _need(all(rank >= 0 for path in paths for rank in path), "paths", paths, "ranks of at least 0")
         ordered = sorted({tuple(path) for path in paths}, key=lambda path: (len(path), path))
         _need(len(ordered) == len(paths), "paths", "a path twice", "all different")
         number = {(): -1} | {path: i for i, path in enumerate(ordered)}
@@ -693,8 +720,12 @@ class DraftTree:
         """The tree of the first few nodes.
 
         Args:
-            nodes: how many.
+            nodes: how many, at most those that there are.
+
+        Raises:
+            ValueError: there are not so many.
         """
+        _need(0 <= nodes <= len(self), "nodes", nodes, f"in 0..{len(self)}")
         return DraftTree(self.parents[:nodes])
 
 
@@ -718,6 +749,9 @@ class Proposal:
     def __post_init__(self) -> None:
         """Check shapes, and that no node is there without its parent."""
         _integers("tokens", self.tokens)
+        self.tokens = self.tokens.long()
+        if self.valid.dtype != torch.bool:
+            raise TypeError(f"valid must be bool, got {self.valid.dtype}")
         nodes = len(self.tree)
         _need(self.tokens.shape[1:] == (nodes,), "tokens", tuple(self.tokens.shape), f"of shape (B, {nodes})")
         _need(
@@ -747,6 +781,29 @@ class Proposal:
         """
         empty = torch.zeros(len(rows), 0, dtype=torch.int64, device=rows.device)
         return cls(empty, DraftTree(), None, empty.bool())
+
+    @classmethod
+    def chain(
+        cls, rows: Tensor, tokens: Sequence[Tensor], laws: Sequence[Tensor] | None, valid: Sequence[Tensor]
+    ) -> "Proposal":
+        """A chain of drafts that were made step by step.
+
+        Args:
+            rows: as in `nothing`, which is the result of no steps.
+            tokens: of every step, int64, (B,).
+            laws: that these were drawn from, (B, V); None if they were named, not drawn.
+            valid: bool, (B,), rows that drafted in the step.
+
+        Raises:
+            ValueError: there is not one of each for every step.
+        """
+        given = [len(part) for part in (tokens, valid, tokens if laws is None else laws)]
+        _need(len(set(given)) == 1, "tokens, valid, laws", given, "one of each for every step")
+        if not tokens:
+            return cls.nothing(rows)
+        probs = None if laws is None else torch.stack(list(laws), 1)
+        shape = DraftTree.chain(len(tokens))
+        return cls(torch.stack(list(tokens), 1), shape, probs, torch.stack(list(valid), 1))
 
 
 @dataclass
@@ -1219,6 +1276,8 @@ class Decoding(Generation):
 
 def _open_text(prompts: Tensor | Sequence[Tensor], length: int, vocabulary: int) -> Text:
     """Check prompts and lay them out."""
+    if not isinstance(prompts, Tensor | Sequence):
+        raise TypeError(f"prompts must be a tensor or a sequence of tensors, got {type(prompts).__name__}")
     rows = list(prompts) if not isinstance(prompts, Tensor) or prompts.ndim == 2 else None
     _need(
         rows is not None,
@@ -1297,9 +1356,8 @@ def generate(
             another batch.
     """
     _need(length >= 0, "length", length, "at least 0")
-    _need(
-        stop is None or 0 <= stop < model.vocabulary, "stop", stop, f"in 0..{model.vocabulary - 1}, or None"
-    )
+    fits = stop is None or stop in range(model.vocabulary)
+    _need(fits, "stop", stop, f"in 0..{model.vocabulary - 1}, or None")
     _need(draws is None or generator is None, "draws", "both", "given without a generator")
     law = TokenLaw(temperature, top_k, top_p)
     text = _open_text(prompts, length, model.vocabulary)
@@ -1442,10 +1500,7 @@ class Speculative(Strategy):
             laws.append(law)
             valid.append(where)
             where = where & (len(tokens) < room)
-        if not tokens:
-            return Proposal.nothing(state.text.tokens)
-        chain = DraftTree.chain(len(tokens))
-        return Proposal(torch.stack(tokens, 1), chain, torch.stack(laws, 1), torch.stack(valid, 1))
+        return Proposal.chain(state.text.tokens, tokens, laws, valid)
 
     def settle(self, state: DecodingState, proposal: Proposal, verdict: Verdict) -> None:
         """Take back from the draft's cache what was rejected.
@@ -1537,14 +1592,103 @@ def early_exit(model: Decoder, layers: int) -> Decoder:
         A decoder.
 
     Raises:
+        TypeError: `model` is not a `Decoder`.
         ValueError: `layers` is out of range.
     """
+    if not isinstance(model, Decoder):
+        raise TypeError(f"model must be a Decoder, got {type(model).__name__}")
     _need(1 <= layers <= len(model.blocks), "layers", layers, f"in 1..{len(model.blocks)}")
     found = copy.copy(model)
     found._modules = dict(model._modules)
     found.blocks = nn.ModuleList(model.blocks[:layers])
     found.config = {**model.config, "layers": layers}
     return found
+
+# %% ../../nbs/decoding/core.ipynb #fc074a9c
+class DecoderView(Decoder):
+    """A decoder that shares all its parts with another; subclasses run them in another way.
+
+    Whatever replaces `hidden_states` changes the logits and `generate` too.
+
+    Args:
+        model: the decoder; nothing of it is copied.
+
+    Raises:
+        TypeError: `model` is not a `Decoder`.
+    """
+
+    def __init__(self, model: Decoder) -> None:
+        if not isinstance(model, Decoder):
+            raise TypeError(f"model must be a Decoder, got {type(model).__name__}")
+        nn.Module.__init__(self)
+        self.__dict__.update(model.__dict__)  # the very same dictionary of submodules
+
+    def forward(self, tokens: Tensor, cache: KVCache | None = None, **options: Any) -> Tensor:
+        """Logits for the token after every position, from `hidden_states`.
+
+        Args:
+            tokens, cache: as in `Decoder.forward`.
+            options: of `hidden_states`.
+
+        Returns:
+            (B, N, V).
+        """
+        return self.head(self.hidden_states(tokens, cache, **options)[-1])
+
+
+def deeper_cache(model: Decoder, batch: int, capacity: int | None = None, extra: int = 1) -> KVCache:
+    """An empty cache with layers behind those of a decoder, for parts that are added to it.
+
+    Args:
+        model: the decoder.
+        batch: rows.
+        capacity: slots to reserve; None for the context.
+        extra: added layers.
+
+    Returns:
+        A cache of `len(model.blocks) + extra` layers.
+
+    Raises:
+        ValueError: `extra` is negative.
+    """
+    _need(extra >= 0, "extra", extra, "at least 0")
+    weight, slots = model.embed.weight, model.context if capacity is None else max(1, capacity)
+    kind = dict(capacity=slots, dtype=weight.dtype, device=weight.device)
+    return KVCache(len(model.blocks) + extra, batch, model.kv_heads, model.width, **kind)
+
+
+def slot_step(
+    model: Decoder, cache: KVCache, start: int, positions: Tensor | None = None, mask: Tensor | None = None
+) -> Step:
+    """Positions and mask of slots that are open already: what a decoder's blocks need to fill them.
+
+    Args:
+        model: the decoder.
+        cache: with N slots from `start` to its end.
+        start: first slot.
+        positions: int64, (B, N) or (N,); None for chains.
+        mask: bool, (N, N) or (B, N, N), which of them sees which; None for chains. What is before `start` is
+            always seen, and a slot always sees itself.
+
+    Returns:
+        A `Step` for any of the blocks.
+
+    Raises:
+        ValueError: there is no slot from `start` on.
+    """
+    _need(0 <= start < cache.length, "start", start, f"a slot below {cache.length}")
+    number, valid = cache.length - start, cache.valid
+    if positions is None:
+        positions = (valid.cumsum(1) - 1).clamp_min(0)[:, start:]
+    angles = rotary_angles(positions.reshape(-1, number), model.width, model.base)
+    cosine, sine = (part[:, None] for part in angles)
+    if mask is None and cache.whole and (number == 1 or start == 0):
+        return Step(cosine, sine, None, number > 1, cache, start)
+    own = torch.eye(number, dtype=torch.bool, device=valid.device)
+    fresh = own.cumsum(1).mT.bool() if mask is None else mask | own
+    fresh = (fresh & valid[:, None, start:]) | own
+    before = valid[:, None, :start].expand(-1, number, -1)
+    return Step(cosine, sine, torch.cat([before, fresh], -1)[:, None], False, cache, start)
 
 # %% ../../nbs/decoding/core.ipynb #9316123f
 @torch.no_grad()
@@ -1572,8 +1716,13 @@ def exact_law(
         Continuation to probability; those that end with `stop` may be shorter.
 
     Raises:
-        ValueError: there are more than `most`.
+        TypeError: the prompt does not hold integers.
+        ValueError: the prompt is not (N,) with at least one token, `length` is negative, or there are more
+            texts than `most`.
     """
+    _integers("prompt", prompt)
+    _need(prompt.ndim == 1 and len(prompt) > 0, "prompt", tuple(prompt.shape), "1-D with at least one token")
+    _need(length >= 0, "length", length, "at least 0")
     law = TokenLaw(temperature, top_k, top_p)
     open_, chance = prompt[None].long(), torch.ones(1, dtype=torch.float64)
     found: dict[tuple[int, ...], float] = {}
@@ -1733,7 +1882,7 @@ def expected_speedup(acceptance: Tensor | float, gamma: Tensor | int, cost: floa
 
     Args:
         acceptance, gamma: see `expected_tokens`.
-        cost: of a draft pass, in target passes, at least 0.
+        cost: of a draft pass, in target passes, at least 0 and finite.
 
     Returns:
         float64; below 1 where drafting does not pay.
@@ -1741,7 +1890,7 @@ def expected_speedup(acceptance: Tensor | float, gamma: Tensor | int, cost: floa
     Raises:
         ValueError: a value is out of range.
     """
-    _need(cost >= 0, "cost", cost, "at least 0")
+    _need(0 <= cost < math.inf, "cost", cost, "at least 0 and finite")
     return expected_tokens(acceptance, gamma) / (torch.as_tensor(gamma, dtype=torch.float64) * cost + 1)
 
 
@@ -1750,8 +1899,9 @@ def best_gamma(acceptance: float, cost: float, most: int = 64) -> int:
 
     Args:
         acceptance, cost: see `expected_speedup`.
-        most: largest number to consider.
+        most: largest number to consider, at least 0.
     """
+    _need(most >= 0, "most", most, "at least 0")
     return int(expected_speedup(acceptance, torch.arange(most + 1), cost).argmax())
 
 
@@ -1766,14 +1916,152 @@ def expected_tree_tokens(tree: DraftTree, chances: Sequence[float] | Tensor) -> 
         1 + the sum over all nodes of the product of chances along the path.
 
     Raises:
-        ValueError: there is not one chance for each node.
+        ValueError: there is not one chance for each node, or one is outside [0, 1].
     """
     chances = [float(c) for c in chances]
+    _need(all(0 <= c <= 1 + 1e-6 for c in chances), "chances", chances, "in [0, 1]")  # 1e-6 for rounding
     _need(len(chances) == len(tree), "chances", len(chances), f"one for each of the {len(tree)} nodes")
     along: list[float] = []
     for parent, chance in zip(tree.parents, chances, strict=True):
         along.append(chance * (along[parent] if parent >= 0 else 1.0))
     return 1 + math.fsum(along)
+
+# %% ../../nbs/decoding/core.ipynb #83645625
+def run_lengths(flags: Tensor) -> Tensor:
+    """How many flags in a row are set from every place on.
+
+    Args:
+        flags: bool, (..., T).
+
+    Returns:
+        int64, (..., T).
+
+    Raises:
+        TypeError: `flags` is not bool.
+        ValueError: it has no axis.
+    """
+    if not isinstance(flags, Tensor) or flags.dtype != torch.bool:
+        raise TypeError(f"flags must be a bool tensor, got {getattr(flags, 'dtype', type(flags).__name__)}")
+    _need(flags.ndim >= 1, "flags", tuple(flags.shape), "of shape (..., T)")
+    if not flags.numel():
+        return flags.long()
+    length = flags.shape[-1]
+    place = torch.arange(length, device=flags.device)
+    unset = torch.where(flags, length, place)  # then, at every place, the first that is not set from there on
+    return unset.flip(-1).cummin(-1).values.flip(-1) - place
+
+
+class Replay(NamedTuple):
+    """Rounds of decoding, replayed on R texts that are known.
+
+    Attributes:
+        accepted, drafted: int64, (rounds, R); 0 for rows that had ended.
+        position: int64, (rounds, R), tokens written before the round.
+        going: bool, (rounds, R), rows that had not ended before the round.
+    """
+
+    accepted: Tensor
+    drafted: Tensor
+    position: Tensor
+    going: Tensor
+
+    @property
+    def rounds(self) -> Tensor:
+        """Passes of the target for each row, int64, (R,)."""
+        return self.going.sum(0)
+
+    @property
+    def drafts(self) -> Tensor:
+        """Drafts of each row, int64, (R,)."""
+        return (self.drafted * self.going).sum(0)
+
+    @property
+    def tokens(self) -> Tensor:
+        """Tokens that each row wrote, int64, (R,)."""
+        return ((self.accepted + 1) * self.going).sum(0)
+
+    def speed(self, cost: float, base: float = 1.0) -> Tensor:
+        """Tokens for the price of one pass, floating, (R,); nan for a row without tokens.
+
+        Args:
+            cost: c, price of a draft in passes of the target.
+            base: price of a round without drafts.
+        """
+        return self.tokens / (base * self.rounds + cost * self.drafts)
+
+    def cost(self, cost: float) -> float:
+        """Passes of the target paid for a token, all rows together; nan without tokens.
+
+        Args:
+            cost: c, price of a draft in passes of the target.
+        """
+        tokens = int(self.tokens.sum())
+        paid = int(self.rounds.sum()) + cost * int(self.drafts.sum())
+        return paid / tokens if tokens else math.nan
+
+
+def replay_rounds(
+    run: Tensor,
+    draft: Tensor | Callable[[Tensor, Tensor], Tensor],
+    learn: Callable[[Tensor, Tensor, Tensor], object] | None = None,
+) -> Replay:
+    """Count the rounds that write a known text.
+
+    Args:
+        run: integers, (R, T); entry (r, t): how many drafts would be right in a row, if a round of row r
+            began with t tokens written.
+        draft: how many drafts are made: integers, (R, T), if a round begins there; or a function that is
+            called in every round with the rows' places and the room for drafts there, both int64, (R,), and
+            returns integers, (R,). More than there is room for, or less than none, is cut.
+        learn: called after every round with the accepted and the made drafts, int64, (R,), and the rows that
+            took part, bool, (R,). None for nothing.
+
+    Returns:
+        A `Replay`; every row writes T tokens.
+
+    Raises:
+        TypeError: `run` or `draft` does not hold integers, or `draft` is no table and no function.
+        ValueError: `run` is not (R, T), or a table or what a function returns has another shape.
+    """
+    _integers("run", run)
+    _need(run.ndim == 2, "run", tuple(run.shape), "of shape (R, T)")
+    (rows, length), index = run.shape, torch.arange(run.shape[1], device=run.device)
+    at = torch.zeros(rows, dtype=torch.int64, device=run.device)
+    if isinstance(draft, Tensor) or not callable(draft):
+        _integers("draft", draft)
+        _need(draft.shape == run.shape, "draft", tuple(draft.shape), f"of shape {tuple(run.shape)}")
+    if isinstance(draft, Tensor) and learn is None:  # all rounds that there could be, then those that are
+        drafted = torch.minimum(draft.clamp_min(0), length - 1 - index)
+        accepted = torch.minimum(run, drafted).clamp_min(0)
+        after = nn.functional.pad(index + accepted + 1, (0, 1), value=length)
+        places = [at]
+        while bool((places[-1] < length).any()):
+            places.append(after.gather(1, places[-1][:, None])[:, 0])
+        position = torch.stack(places)[:-1]
+        tables = (nn.functional.pad(x.long(), (0, 1)) for x in (accepted, drafted))
+        found = [x.gather(1, position.mT).mT for x in tables]
+        return Replay(*found, position, position < length)
+    if isinstance(draft, Tensor):
+        table = nn.functional.pad(draft, (0, 1))
+        choose = lambda place, room: table.gather(1, place[:, None])[:, 0]
+    else:
+        choose = draft
+    right, rounds = nn.functional.pad(run.long(), (0, 1)), []
+    while bool((at < length).any()):
+        going, room = at < length, (length - at - 1).clamp_min(0)
+        chosen = choose(at, room)
+        _integers("what draft returns", chosen)
+        _need(chosen.shape == at.shape, "what draft returns", tuple(chosen.shape), f"of shape ({rows},)")
+        drafted = torch.minimum(chosen.clamp_min(0), room)
+        accepted = torch.minimum(right.gather(1, at[:, None])[:, 0], drafted).clamp_min(0)
+        rounds.append((accepted, drafted, at, going))
+        if learn is not None:
+            learn(accepted, drafted, going)
+        at = torch.where(going, at + accepted + 1, at)
+    none = at.new_zeros(0, rows)
+    if not rounds:
+        return Replay(none, none, none, none.bool())
+    return Replay(*(torch.stack(parts) for parts in zip(*rounds, strict=True)))
 
 # %% ../../nbs/decoding/core.ipynb #fa3f0ce9
 def rounds_figure(
@@ -1797,8 +2085,9 @@ def rounds_figure(
         A figure with a square for each token: accepted, rejected, not tested, or the target's own.
 
     Raises:
-        ValueError: nothing was recorded, or there is no such row.
+        ValueError: nothing was recorded, there is no such row, or `most` is below 1.
     """
+    _need(most >= 1, "most", most, "at least 1")
     _need(len(found.rounds) > 0, "found", "no rounds", "recorded with record=True")
     _need(0 <= row < len(found.lengths), "row", row, f"in 0..{len(found.lengths) - 1}")
     kinds = ("accepted", "rejected", "not tested", "the target's own")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ExitLayer', 'EarlyExitModel', 'Costs', 'own_texts', 'self_distill', 'train_exits', 'save_exits', 'load_exits',
            'Controller', 'FixedK', 'Heuristic', 'BetaPosterior', 'outcomes', 'ThompsonBeta', 'ThompsonPlan',
-           'ThompsonCalibrated', 'EarlyExitSpeculative', 'spent', 'Replay', 'replay', 'OracleK', 'coin_speed']
+           'ThompsonCalibrated', 'EarlyExitSpeculative', 'spent', 'replay', 'OracleK', 'coin_speed']
 
 # %% ../../nbs/decoding/eesd_thompson.ipynb #d0f79c9c
 import json
@@ -19,13 +19,17 @@ import torch
 import torch.nn.functional as F
 from paperbench.decoding.core import (
     DecodingState,
-    DraftTree,
     Draws,
     Proposal,
+    Replay,
     Strategy,
     TokenLaw,
     Verdict,
+    deeper_cache,
     expected_speedup,
+    replay_rounds,
+    run_lengths,
+    slot_step,
 )
 from ..models.core import weights_folder
 from ..models.decoder import Block, Decoder, KVCache, Step, rotary_angles
@@ -54,11 +58,14 @@ class ExitLayer(nn.Module):
         layers: L, number of the decoder's layers; the exit's keys and values get this place in the cache.
 
     Raises:
-        ValueError: `after` is not in 1..layers, or `hidden` is below 1.
+        ValueError: `after` is not in 1..layers, `hidden` is below 1, or heads do not divide the width.
     """
 
     def __init__(self, dim: int, heads: int, kv_heads: int, hidden: int, after: int, layers: int) -> None:
         super().__init__()
+        fits = heads >= 1 and dim % heads == 0 and (dim // heads) % 2 == 0
+        _need(fits, "heads", heads, f"a divisor of dim={dim} into heads of even width")
+        _need(kv_heads >= 1 and heads % kv_heads == 0, "kv_heads", kv_heads, f"a divisor of heads={heads}")
         _need(1 <= after <= layers, "after", after, f"in 1..{layers}")
         _need(hidden >= 1, "hidden", hidden, "at least 1")
         self.config: dict[str, int] = dict(
@@ -133,35 +140,15 @@ class EarlyExitModel:
             batch: rows.
             capacity: slots to reserve; None for the context.
         """
-        model, weight = self.model, self.model.embed.weight
-        slots = model.context if capacity is None else max(1, capacity)
-        layers = len(model.blocks) + 1
-        return KVCache(
-            layers,
-            batch,
-            model.kv_heads,
-            model.width,
-            capacity=slots,
-            dtype=weight.dtype,
-            device=weight.device,
-        )
+        return deeper_cache(self.model, batch, capacity)
 
     def _step(self, cache: KVCache | None, count: int, rows: int) -> Step:
         """Positions and mask of the last `count` slots of a cache, which are open already; or of no cache."""
-        device = self.model.embed.weight.device
-        if cache is None:
-            at = torch.arange(count, device=device)[None]
-            cosine, sine = rotary_angles(at, self.model.width, self.model.base)
-            return Step(cosine[:, None], sine[:, None], None, True)
-        start, valid = cache.length - count, cache.valid
-        new = valid[:, start:]
-        before = cache.positions - new.sum(1)
-        at = before[:, None] + (new.long().cumsum(1) - 1).clamp_min(0)
+        if cache is not None:
+            return slot_step(self.model, cache, cache.length - count)
+        at = torch.arange(count, device=self.model.embed.weight.device)[None]
         cosine, sine = rotary_angles(at, self.model.width, self.model.base)
-        slot = torch.arange(cache.length, device=device)
-        own = slot[None] == slot[start:, None]
-        seen = (valid[:, None] & (slot[None] <= slot[start:, None])) | own
-        return Step(cosine[:, None], sine[:, None], seen[:, None], False, cache, start)
+        return Step(cosine[:, None], sine[:, None], None, True)
 
     def shallow(
         self, tokens: Tensor, cache: KVCache | None = None, *, padding: Tensor | None = None
@@ -223,9 +210,17 @@ class EarlyExitModel:
             positions, mask: of a tree; not supported, None.
 
         Raises:
-            ValueError: positions or a mask are given.
+            TypeError: tokens are not integers.
+            ValueError: positions or a mask are given, or the cache is none of `new_cache` for these rows.
         """
         _need(positions is None and mask is None, "mask", "a tree", "None: the exit drafts chains")
+        if tokens.is_floating_point():
+            raise TypeError(f"tokens must be integers, got {tokens.dtype}")
+        _need(tokens.ndim == 2, "tokens", tuple(tokens.shape), "of shape (B, n)")
+        if cache is not None:
+            wanted = (len(tokens), len(self.model.blocks) + 1)
+            found = (cache.batch, cache.layers)
+            _need(found == wanted, "cache", found, f"one of `new_cache`, with (rows, layers) = {wanted}")
         return self.exit_logits(self.shallow(tokens, cache, padding=padding)[1])
 
     def costs(self) -> "Costs":
@@ -283,7 +278,12 @@ def own_texts(
 
     Returns:
         int64, (R, n + length), prompts included.
+
+    Raises:
+        ValueError: `prompts` is not (R, n), or `batch` is below 1.
     """
+    _need(prompts.ndim == 2, "prompts", tuple(prompts.shape), "of shape (R, n)")
+    _need(batch >= 1, "batch", batch, "at least 1")
     rows = [
         torch.cat(
             [
@@ -329,12 +329,20 @@ def self_distill(
         Loss of every step and exit in nats, float64, (steps, number of exits).
 
     Raises:
-        ValueError: `steps` or `batch` is below 1, or a row has fewer than two tokens.
+        TypeError: `texts` does not hold integers.
+        ValueError: `steps` or `batch` is below 1, there are no exits or texts, a row has fewer than two
+            tokens, or an exit is frozen.
         FloatingPointError: a loss is not finite.
     """
     _need(steps >= 1, "steps", steps, "at least 1")
     _need(batch >= 1, "batch", batch, "at least 1")
-    _need(texts.ndim == 2 and texts.shape[1] >= 2, "texts", tuple(texts.shape), "of shape (R, n), n >= 2")
+    good = texts.ndim == 2 and texts.shape[1] >= 2 and len(texts) >= 1
+    _need(good, "texts", tuple(texts.shape), "of shape (R, n), R >= 1, n >= 2")
+    if texts.is_floating_point():
+        raise TypeError(f"texts must hold integers, got {texts.dtype}")
+    _need(len(exits) >= 1, "exits", "none", "at least one")
+    free = all(p.requires_grad for exit in exits for p in exit.parameters())
+    _need(free, "exits", "frozen weights", "with gradients")
     views = [EarlyExitModel(model, exit) for exit in exits]
     weights = [p for exit in exits for p in exit.parameters()]
     groups = [
@@ -404,6 +412,7 @@ def train_exits(
     """
     _need(len(corpus) > 16, "corpus", len(corpus), "at least 17 tokens long")
     _need(rows >= 2 and rows % 2 == 0, "rows", rows, "even and at least 2")
+    _need(len(after) >= 1, "after", tuple(after), "at least one exit")
     generator = torch.Generator().manual_seed(seed)
     start = torch.randint(len(corpus) - 16, (rows, 1), generator=generator)
     prompts = corpus[start + torch.arange(16)]
@@ -423,9 +432,14 @@ def save_exits(exits: Sequence[ExitLayer], path: Path, recipe: dict[str, Any]) -
         exits: the exits, each with another `after`.
         path: where to write.
         recipe: JSON values that say how they were made.
+
+    Raises:
+        ValueError: two exits stand behind the same layer.
     """
     from safetensors.torch import save_file
 
+    places = [exit.after for exit in exits]
+    _need(len(set(places)) == len(places), "exits", f"`after` {places}", "behind different layers")
     tensors = {
         f"{exit.after}.{name}": value.detach().cpu().half().contiguous()
         for exit in exits
@@ -513,6 +527,12 @@ class Controller:
             accepted, drafted: int64, (B,).
             where: bool, (B,), rows that took part.
         """
+
+
+def _need_controller(controller: object) -> None:
+    """Raise `TypeError` unless it is a `Controller`."""
+    if not isinstance(controller, Controller):
+        raise TypeError(f"controller must be a Controller, got {type(controller).__name__}")
 
 
 class FixedK(Controller):
@@ -667,12 +687,12 @@ class ThompsonBeta(Controller):
         accepted, drafted, where: after a round.
 
     Raises:
-        ValueError: a pseudo-count is not positive, or `decay` is outside (0, 1].
+        ValueError: a pseudo-count is not positive and finite, or `decay` is outside (0, 1].
     """
 
     def __init__(self, a0: float = 1.0, b0: float = 1.0, decay: float = 1.0, shared: bool = False) -> None:
-        _need(a0 > 0, "a0", a0, "positive")
-        _need(b0 > 0, "b0", b0, "positive")
+        _need(0 < a0 < math.inf, "a0", a0, "positive and finite")
+        _need(0 < b0 < math.inf, "b0", b0, "positive and finite")
         _need(0 < decay <= 1, "decay", decay, "in (0, 1]")
         self.a0, self.b0, self.decay, self.shared = a0, b0, decay, shared
 
@@ -708,7 +728,7 @@ class ThompsonPlan(ThompsonBeta):
         accepted, drafted, where: after a round.
 
     Raises:
-        ValueError: `cost` or `most` is negative, or see `ThompsonBeta`.
+        ValueError: `cost` is negative or infinite, `most` below 1, or see `ThompsonBeta`.
     """
 
     def __init__(
@@ -721,7 +741,7 @@ class ThompsonPlan(ThompsonBeta):
         shared: bool = False,
     ) -> None:
         super().__init__(a0, b0, decay, shared)
-        _need(cost >= 0, "cost", cost, "at least 0")
+        _need(0 <= cost < math.inf, "cost", cost, "at least 0 and finite")
         _need(most >= 1, "most", most, "at least 1")
         self.cost, self.most = cost, most
 
@@ -768,8 +788,8 @@ class ThompsonCalibrated(Controller):
         decay: float = 1.0,
         shared: bool = False,
     ) -> None:
-        _need(weight > 0, "weight", weight, "positive")
-        _need(cost is None or cost >= 0, "cost", cost, "at least 0, or None")
+        _need(0 < weight < math.inf, "weight", weight, "positive and finite")
+        _need(cost is None or 0 <= cost < math.inf, "cost", cost, "at least 0 and finite, or None")
         _need(bins >= 1, "bins", bins, "at least 1")
         _need(0 < decay <= 1, "decay", decay, "in (0, 1]")
         self.weight, self.cost, self.bins, self.decay, self.shared = weight, cost, bins, decay, shared
@@ -826,6 +846,7 @@ class EarlyExitSpeculative(Strategy):
         draft_law: how the exit's logits become a law; None for the target's way. Any choice is lossless.
 
     Raises:
+        TypeError: `controller` is no `Controller`.
         ValueError: `most` is negative.
     """
 
@@ -838,6 +859,7 @@ class EarlyExitSpeculative(Strategy):
         draft_law: TokenLaw | None = None,
     ) -> None:
         _need(most >= 0, "most", most, "at least 0")
+        _need_controller(controller)
         self.drafter, self.controller, self.most, self.draft_law = drafter, controller, most, draft_law
 
     def start(self, state: DecodingState) -> None:
@@ -886,10 +908,7 @@ class EarlyExitSpeculative(Strategy):
             out = self._shallow(token[:, None], self.follower.cache, ~where[:, None])[:, 0]
             self.follower.count(torch.ones_like(token), where)
             where = where & (len(tokens) < room)
-        if not tokens:
-            return Proposal.nothing(state.text.tokens)
-        chain = DraftTree.chain(len(tokens))
-        return Proposal(torch.stack(tokens, 1), chain, torch.stack(laws, 1), torch.stack(valid, 1))
+        return Proposal.chain(state.text.tokens, tokens, laws, valid)
 
     def verify(self, state: DecodingState, proposal: Proposal) -> Tensor:
         """Logits of the decoder after the text and after every draft, from the kept streams.
@@ -929,31 +948,6 @@ def spent(counters: Any, costs: Costs) -> Tensor:
     return sum(counters[name].double() * price for name, price in parts)
 
 # %% ../../nbs/decoding/eesd_thompson.ipynb #ad1ec897
-class Replay(NamedTuple):
-    """What a controller did on texts whose outcomes are known.
-
-    Attributes:
-        accepted, drafted: int64, (rounds, R).
-        position: int64, (rounds, R), tokens written before the round.
-        going: bool, (rounds, R), rows that had not ended before the round.
-    """
-
-    accepted: Tensor
-    drafted: Tensor
-    position: Tensor
-    going: Tensor
-
-    def speed(self, cost: float, base: float = 1.0) -> Tensor:
-        """Tokens for the price of one pass, float64, (R,).
-
-        Args:
-            cost: c, price of a draft in passes of the target.
-            base: price of a round without drafts.
-        """
-        tokens = ((self.accepted + 1) * self.going).sum(0)
-        return tokens / (base * self.going.sum(0) + cost * (self.drafted * self.going).sum(0))
-
-
 def replay(
     controller: Controller,
     kept: Tensor,
@@ -973,40 +967,30 @@ def replay(
         A `Replay`. As in `generate`, no round writes past the end of the text.
 
     Raises:
-        TypeError: `kept` is not bool.
-        ValueError: it is not (R, T), or the controller needs laws.
+        TypeError: `kept` is not bool, or `controller` no `Controller`.
+        ValueError: it is not (R, T), the controller needs laws, or `most` is negative.
     """
-    if kept.dtype != torch.bool:
-        raise TypeError(f"kept must be bool, got {kept.dtype}")
+    if not isinstance(kept, Tensor) or kept.dtype != torch.bool:
+        raise TypeError(f"kept must be bool, got {getattr(kept, 'dtype', type(kept).__name__)}")
+    _need_controller(controller)
+    _need(most >= 0, "most", most, "at least 0")
     _need(kept.ndim == 2, "kept", tuple(kept.shape), "of shape (R, T)")
     asks = type(controller).after_law is not Controller.after_law
     _need(not asks, "controller", type(controller).__name__, "one that decides without laws")
-    rows, length = kept.shape
-    index = torch.arange(length, device=kept.device)
-    refused = torch.where(kept, length, index).flip(1).cummin(1).values.flip(1)
-    refused = F.pad(refused, (0, 1), value=length)  # place of the first refused draft from here on
-    at = torch.zeros(rows, dtype=torch.int64, device=kept.device)
-    draws, rounds = Draws(generator), []
-    controller.start(rows, kept.device)
-    while bool((at < length).any()):
-        going = at < length
-        room = (length - at - 1).clamp(0, most)
-        drafted, where = torch.zeros_like(at), room > 0
+    draws = Draws(generator)
+
+    def draft(place: Tensor, room: Tensor) -> Tensor:
+        drafted, where = torch.zeros_like(place), room > 0
         for step in range(most):
             if not bool(where.any()):
                 break
             where = where & controller.before_law(step, where, draws)
             drafted = drafted + where
             where = where & (drafted < room)
-        run = refused.gather(1, at[:, None].clamp_max(length))[:, 0] - at
-        accepted = torch.minimum(run.clamp_min(0), drafted)
-        rounds.append((accepted, drafted, at, going))
-        controller.learn(accepted, drafted, going)
-        at = torch.where(going, at + accepted + 1, at)
-    none = at.new_zeros(0, rows)
-    if not rounds:
-        return Replay(none, none, none, none.bool())
-    return Replay(*(torch.stack(parts) for parts in zip(*rounds)))
+        return drafted
+
+    controller.start(len(kept), kept.device)
+    return replay_rounds(run_lengths(kept), draft, controller.learn)
 
 
 class OracleK(Controller):
@@ -1023,10 +1007,12 @@ class OracleK(Controller):
         accepted, drafted, where: after a round.
 
     Raises:
-        ValueError: a probability is outside [0, 1], or `cost` is negative.
+        ValueError: `acceptance` is not (R, T) in [0, 1], or `cost` or `most` is negative.
     """
 
     def __init__(self, acceptance: Tensor, cost: float, most: int = 10) -> None:
+        _need(acceptance.ndim == 2, "acceptance", tuple(acceptance.shape), "of shape (R, T)")
+        _need(most >= 0, "most", most, "at least 0")
         speed = expected_speedup(
             acceptance[..., None], torch.arange(most + 1, device=acceptance.device), cost
         )
@@ -1061,8 +1047,9 @@ def coin_speed(acceptance: Tensor | float, cost: float, heads: Tensor | float | 
         float64, tokens for the price of a pass.
 
     Raises:
-        ValueError: a probability is outside [0, 1).
+        ValueError: a probability is outside [0, 1), or `cost` is negative or infinite.
     """
+    _need(0 <= cost < math.inf, "cost", cost, "at least 0 and finite")
     alpha = torch.as_tensor(acceptance, dtype=torch.float64)
     s = alpha if heads is None else torch.as_tensor(heads, dtype=torch.float64)
     for name, value in (("acceptance", alpha), ("heads", s)):

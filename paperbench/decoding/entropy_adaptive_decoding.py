@@ -51,7 +51,8 @@ def uncertainty(logits: Tensor, signal: str = "entropy") -> Tensor:
             probabilities, from 0 to 1; "max_prob", one minus the largest, from 0 to 1 - 1 / V.
 
     Returns:
-        (...), float64 for float64 logits and float32 for any other; larger means less sure.
+        (...), float64 for float64 logits and float32 for any other; larger means less sure. nan where a row
+        holds nan or plus infinity, or no token can come.
 
     Raises:
         TypeError: `logits` are not floating.
@@ -86,7 +87,7 @@ class SwitchRule:
         start: "small" or "large", who writes the first token.
 
     Raises:
-        TypeError: `tau` is a tensor that is not floating.
+        TypeError: `tau` is a tensor that is not floating, or `window` or `min_dwell` no integer.
         ValueError: a value is out of range.
     """
 
@@ -105,6 +106,9 @@ class SwitchRule:
             _need(self.tau.ndim == 1, "tau", tuple(self.tau.shape), "a number, or of shape (B,)")
         unclear = bool(torch.as_tensor(self.tau, dtype=torch.float64).isnan().any())
         _need(not unclear, "tau", "nan", "a number; minus and plus infinity are allowed")
+        for name, value in (("window", self.window), ("min_dwell", self.min_dwell)):
+            if not isinstance(value, int):
+                raise TypeError(f"{name} must be an integer, got {value!r}")
         _need(self.window >= 1, "window", self.window, "at least 1")
         _need(self.min_dwell >= 0, "min_dwell", self.min_dwell, "at least 0")
         _need(self.signal in SIGNALS, "signal", repr(self.signal), f"one of {', '.join(SIGNALS)}")
@@ -146,6 +150,8 @@ class Switcher:
 
     def _with(self, value: Tensor, where: Tensor) -> Tensor:
         """The window after one more value."""
+        for name, x in (("value", value), ("where", where)):
+            _need(x.shape == self.dwell.shape, name, tuple(x.shape), f"of shape {tuple(self.dwell.shape)}")
         if bool((where & value.isnan()).any()):
             raise ValueError("value must be a number, got nan; the model's logits are not finite")
         place = torch.zeros_like(self._ring, dtype=torch.bool)
@@ -178,7 +184,7 @@ class Switcher:
             where: bool, (B,), rows that wrote one.
 
         Raises:
-            ValueError: a value is not a number.
+            ValueError: a value is not a number, or shapes do not fit.
         """
         self._ring = self._with(value, where)
         self._count, self.dwell = self._count + where, self.dwell + where
@@ -263,6 +269,7 @@ class Switching(Strategy):
     def __init__(self, small: LanguageModel, *, refill: str = "lazy") -> None:
         _need(refill in ("lazy", "eager"), "refill", repr(refill), "'lazy' or 'eager'")
         self.small, self.refill = small, refill
+        self.follower: CachedModel | None = None
 
     def start(self, state: DecodingState) -> None:
         """Open a cache for the small model; `state` is that of this call."""
@@ -340,7 +347,12 @@ class Switching(Strategy):
 
     @property
     def trace(self) -> Trace:
-        """Who wrote what in the last call; rows that have ended count as small, with value 0."""
+        """Who wrote what in the last call; rows that have ended count as small, with value 0.
+
+        Raises:
+            ValueError: there was no call.
+        """
+        _need(self.follower is not None, "trace", "none", "read after a call of generate")
         if not self._steps:
             nothing = self.follower.held[:, None][:, :0]
             return Trace(nothing.bool(), nothing.bool(), nothing.double(), nothing.double())
@@ -350,7 +362,7 @@ class Switching(Strategy):
 class EntropyAdaptive(Switching):
     """Entropy adaptive decoding: the large model writes where the writer's entropy has lately been high.
 
-    Nothing is verified: the text is neither model's. Its law is that of neither, too.
+    Nothing is verified: the text is neither model's, and its law is that of neither.
 
     Source: Simonds 2025.
 
@@ -452,7 +464,7 @@ def random_schedule(
         share: of tokens that the large model writes, floating, (B,), in [0, 1].
         run: mean length of its runs in tokens, floating, (B,), at least 1. Where the small model's runs
             would be shorter than one token on average, they are one, and those of the large one longer.
-        length: T.
+        length: T, at least 1.
         generator: source of randomness; None for PyTorch's global one.
 
     Returns:
@@ -462,7 +474,9 @@ def random_schedule(
         ValueError: a value is out of range.
     """
     _need(bool(((share >= 0) & (share <= 1)).all()), "share", share.tolist(), "in [0, 1]")
+    _need(share.ndim == 1, "share", tuple(share.shape), "of shape (B,)")
     _need(bool((run >= 1).all()) and run.shape == share.shape, "run", run.tolist(), "(B,), at least 1")
+    _need(length >= 1, "length", length, "at least 1")
     share, run = share.double(), run.double()
     rest = (1 - share).clamp_min(1e-12)
     run = torch.maximum(run, share / rest)  # the small model's runs have the mean run * (1 - share) / share
@@ -530,10 +544,10 @@ def sweep_tau(
     every = dataclasses.replace(SwitchRule() if rule is None else rule, tau=tau.to(rows[0].device))
     strategy = EntropyAdaptive(small, every, look_first=look_first, refill="eager")
     found = generate(model, rows, strategy, length, temperature=temperature, stop=stop, generator=generator)
-    shape, trace = (len(taus), count), strategy.trace
+    shape, trace = (len(taus), count, found.tokens.shape[1]), strategy.trace
     parts = (found.tokens, trace.large, trace.looked)
-    tokens, large, looked = (x[:, : found.tokens.shape[1]].reshape(*shape, -1) for x in parts)
-    return Sweep(tokens, found.lengths.view(shape), large, looked)
+    tokens, large, looked = (x[:, : shape[2]].reshape(shape) for x in parts)
+    return Sweep(tokens, found.lengths.view(shape[:2]), large, looked)
 
 # %% ../../nbs/decoding/entropy_adaptive_decoding.ipynb #d7e8dd87
 def lazy_reads(reads: Tensor, prompt_lengths: Tensor) -> tuple[Tensor, Tensor]:
@@ -546,9 +560,14 @@ def lazy_reads(reads: Tensor, prompt_lengths: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Passes, and tokens read in all of them together, both int64 (...). The second is where its last pass
         ends: the prompt and all tokens before the last one that it is asked for, or 0 if it is never asked.
+
+    Raises:
+        ValueError: `reads` is not bool.
     """
+    fits = reads.dtype == torch.bool and reads.ndim > 0
+    _need(fits, "reads", f"{reads.dtype} {tuple(reads.shape)}", "bool, (..., T)")
     places = torch.arange(reads.shape[-1], device=reads.device)
-    last = torch.where(reads, places, -1).amax(-1)
+    last = torch.where(reads, places, -1).amax(-1) if len(places) else reads.sum(-1) - 1
     return reads.sum(-1), torch.where(last >= 0, prompt_lengths + last, 0)
 
 
@@ -582,7 +601,13 @@ def expected_cost(share: float | Tensor, ratio: float) -> float | Tensor:
 
     Returns:
         f + (1 - f) ratio.
+
+    Raises:
+        ValueError: a share is outside [0, 1], or the ratio negative.
     """
+    good = bool(((torch.as_tensor(share) >= 0) & (torch.as_tensor(share) <= 1)).all())
+    _need(good, "share", share, "in [0, 1]")
+    _need(ratio >= 0, "ratio", ratio, "at least 0")
     return share + (1 - share) * ratio
 
 # %% ../../nbs/decoding/entropy_adaptive_decoding.ipynb #fe4bb4c1

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from .core import DecodingState, Proposal, Strategy
+from .core import DecoderView, DecodingState, Proposal, Strategy
 from ..models.decoder import Decoder, KVCache
-from torch import Tensor, nn
+from torch import Tensor
 
 # %% ../../nbs/decoding/ffn_skip_llm.ipynb #f3ebfb7c
 def _need(condition: bool, name: str, value: object, allowed: str) -> None:
@@ -132,7 +132,7 @@ class FFNSkip(SkipPolicy):
         return torch.where(cosine.isnan(), memory - 1, (cosine >= self.threshold) * ahead)
 
 # %% ../../nbs/decoding/ffn_skip_llm.ipynb #86de79b1
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TableSkip(SkipPolicy):
     """Skip what a table says.
 
@@ -141,7 +141,8 @@ class TableSkip(SkipPolicy):
         attention: the same for attentions; None for none.
 
     Raises:
-        ValueError: shapes or dtypes do not fit, or (in a pass) a position is not in the table.
+        TypeError: a table is not a tensor.
+        ValueError: shapes or dtypes do not fit, or (in a pass) a position or row is not in the table.
     """
 
     feed_forward: Tensor
@@ -151,6 +152,8 @@ class TableSkip(SkipPolicy):
         """Check the tables."""
         for name in ("feed_forward", "attention"):
             table = getattr(self, name)
+            if not isinstance(table, Tensor) and (name == "feed_forward" or table is not None):
+                raise TypeError(f"{name} must be a tensor, got {type(table).__name__}")
             if table is not None:
                 found = f"{table.dtype} {tuple(table.shape)}"
                 fits = table.dtype == torch.bool and table.ndim in (2, 3)
@@ -167,6 +170,9 @@ class TableSkip(SkipPolicy):
         _need(width == layers, "table", f"{width} layers", f"for the model's {layers} layers")
         top = int(positions.max()) if positions.numel() else 0
         _need(top < most, "position", top, f"below the table's {most}")
+        if self.feed_forward.ndim == 3:
+            found, rows = len(self.feed_forward), len(positions)
+            _need(found == rows, "table", f"{found} rows", f"for the {rows} rows of the pass")
 
         def read(table: Tensor | None) -> Tensor:
             if table is None:
@@ -208,6 +214,7 @@ def random_skip(
     _need(few, "cold_start, cold_end", (cold_start, cold_end), f"not negative, fewer than {layers} together")
     _need(0 <= share <= middle / layers + 1e-9, "share", share, f"in [0, {middle / layers:.3f}]")
     _need(unit in UNITS, "unit", repr(unit), f"one of {UNITS}")
+    _need(length >= 0, "length", length, "at least 0")
     ends = (torch.arange(length + 1, dtype=torch.float64) * share * layers + 1e-9).floor().long()
     amount = ends.diff().clamp_max(middle)  # the running total is never more than one layer behind the share
     order = torch.rand(length, middle, generator=generator).argsort(1).argsort(1)
@@ -279,7 +286,7 @@ class Trace(NamedTuple):
     free: Tensor
 
 
-class SkippingDecoder(Decoder):
+class SkippingDecoder(DecoderView):
     """A decoder that shares all its parts with another and lets every token skip what a policy says.
 
     Source: Jaiswal et al. 2024, "FFN-SkipLLM".
@@ -298,13 +305,10 @@ class SkippingDecoder(Decoder):
     """
 
     def __init__(self, model: Decoder, policy: SkipPolicy, protect: int | Tensor = 0) -> None:
-        if not isinstance(model, Decoder):
-            raise TypeError(f"model must be a Decoder, got {type(model).__name__}")
+        super().__init__(model)
         if not isinstance(policy, SkipPolicy):
             raise TypeError(f"policy must be a SkipPolicy, got {type(policy).__name__}")
         _need(bool((torch.as_tensor(protect) >= 0).all()), "protect", protect, "at least 0")
-        nn.Module.__init__(self)
-        self.__dict__.update(model.__dict__)  # the very same dictionary of submodules
         self.policy, self.protect, self.trace = policy, protect, None
 
     def _positions(
@@ -336,7 +340,20 @@ class SkippingDecoder(Decoder):
 
         Returns:
             layers + 1 tensors (B, N, dim).
+
+        Raises:
+            TypeError, ValueError: an argument has another type or shape; `protect` is not one number and not
+                one for each row.
         """
+        self._check(tokens, cache)
+        number, rows = torch.as_tensor(self.protect).numel(), len(tokens)
+        _need(number in (1, rows), "protect", f"{number} numbers", f"one, or one for each of {rows} rows")
+        fits = positions is None or positions.shape[-1] == tokens.shape[1]
+        _need(fits, "positions", tuple(getattr(positions, "shape", ())), f"(B, N), N = {tokens.shape[1]}")
+        if streams is not None:
+            wanted = [(*tokens.shape, self.dim)] * (len(self.blocks) + 1)
+            found = [tuple(x.shape) for x in streams]
+            _need(found == wanted, "streams", found, f"{len(wanted)} tensors {wanted[0]}")
         place = self._positions(tokens, cache, padding, positions)
         x, step = self.prepare(tokens, cache, padding=padding, positions=positions, mask=mask)
         real = torch.ones_like(place, dtype=torch.bool) if padding is None else ~padding
@@ -370,10 +387,6 @@ class SkippingDecoder(Decoder):
         self.trace = Trace(ran, attended, cosines, real, free)
         return states
 
-    def forward(self, tokens: Tensor, cache: KVCache | None = None, **options: Any) -> Tensor:
-        """Logits (B, N, V) for the token after every position; arguments as in `hidden_states`."""
-        return self.head(self.hidden_states(tokens, cache, **options)[-1])
-
 
 def skipped_share(trace: Trace) -> float:
     """Share of the feed-forwards of all unprotected tokens that was skipped.
@@ -400,7 +413,12 @@ def saved_work(model: Decoder, trace: Trace) -> float:
 
     Returns:
         In [0, 1]; 0 without such tokens.
+
+    Raises:
+        ValueError: the trace is of a model with another number of layers.
     """
+    found, layers = trace.ran.shape[-1], len(model.blocks)
+    _need(found == layers, "trace", f"{found} layers", f"of the model's {layers} layers")
     if not bool(trace.free.any()):
         return 0.0
     saved = total = 0.0
@@ -481,8 +499,9 @@ def calibrate_cold(model: Decoder, tokens: Tensor, factor: float = 3.0) -> ColdL
         The longest run of saturated layers, the earliest of equals, as what lies before and behind it.
 
     Raises:
-        ValueError: `factor` is below 1.
+        ValueError: `factor` is below 1, or there is no text.
     """
+    _need(tokens.numel() > 0, "tokens", tuple(tokens.shape), "a text (B, N), not empty")
     _need(factor >= 1, "factor", factor, "at least 1")
     view = SkippingDecoder(model, SkipPolicy())
     view.hidden_states(tokens)
@@ -528,8 +547,11 @@ def match_share(
         (or `low`, if even that does not skip more).
 
     Raises:
-        ValueError: bounds or `rounds` are out of order, or `share` is not in [0, 1].
+        ValueError: bounds or `rounds` are out of order, `share` is not in [0, 1], no position is free, or
+            even `high` skips more than the share.
     """
+    _need(tokens.ndim == 2, "tokens", tuple(tokens.shape), "of shape (B, N)")
+    _need(0 <= protect < tokens.shape[1], "protect", protect, f"in 0..{tokens.shape[1] - 1}")
     _need(low < high, "low", low, f"below high={high}")
     _need(rounds >= 1, "rounds", rounds, "at least 1")
     _need(0 <= share <= 1, "share", share, "in [0, 1]")
@@ -541,9 +563,12 @@ def match_share(
 
     if skipped(low) <= share:
         return low
+    highest = high
     for _ in range(rounds):
         middle = (low + high) / 2
         low, high = (middle, high) if skipped(middle) > share else (low, middle)
+    enough = high < highest or skipped(high) <= share
+    _need(enough, "high", high, f"a threshold that skips at most {share}")
     return high
 
 
@@ -564,8 +589,10 @@ def skipping_loss(
         Mean loss of every row over the tokens after position `protect`, nats, (B,), and the trace.
 
     Raises:
-        ValueError: `protect` is out of range.
+        ValueError: `tokens` is not (B, N) with N at least 2, or `protect` is out of range.
     """
+    good = tokens.ndim == 2 and tokens.shape[1] >= 2
+    _need(good, "tokens", tuple(tokens.shape), "of shape (B, N), N at least 2")
     _need(0 <= protect <= tokens.shape[1] - 2, "protect", protect, f"in 0..{tokens.shape[1] - 2}")
     view, streams, given = SkippingDecoder(model, policy, protect), None, tokens[:, :-1]
     if true_keys:
@@ -586,8 +613,12 @@ def repeat_rate(tokens: Tensor, n: int = 4) -> Tensor:
         float64, (B,).
 
     Raises:
-        ValueError: `n` is out of range.
+        TypeError: `tokens` does not hold integers.
+        ValueError: `tokens` is not (B, N), or `n` is out of range.
     """
+    if tokens.is_floating_point():
+        raise TypeError(f"tokens must be integers, got {tokens.dtype}")
+    _need(tokens.ndim == 2, "tokens", tuple(tokens.shape), "of shape (B, N)")
     _need(1 <= n <= tokens.shape[1], "n", n, f"in 1..{tokens.shape[1]}")
     grams = tokens.unfold(1, n, 1)
     kinds = [len(row.unique(dim=0)) for row in grams]

@@ -87,6 +87,16 @@ def random_neighbors(codes: int, k: int, generator: torch.Generator | None = Non
     return keys.fill_diagonal_(-1.0).argsort(dim=1, stable=True)[:, :k]
 
 # %% ../../nbs/decoding/lantern_relaxed_speculative.ipynb #7ad5ca47
+def _check_table(neighbors: Tensor) -> None:
+    """Check a table of neighbours: every row begins with its own code and holds no code twice."""
+    good = neighbors.dtype == torch.int64 and neighbors.ndim == 2 and neighbors.shape[1] >= 1
+    _need(good, "neighbors", f"{neighbors.dtype} {tuple(neighbors.shape)}", "int64, (codes, k)")
+    codes, ordered = len(neighbors), neighbors.sort(dim=1).values
+    good = bool((neighbors[:, 0] == torch.arange(codes, device=neighbors.device)).all())
+    good &= not bool(((ordered < 0) | (ordered >= codes)).any() or (ordered[:, 1:] == ordered[:, :-1]).any())
+    _need(good, "neighbors", "others", f"rows of different codes in 0..{codes - 1}, its own code first")
+
+
 class Neighbourhood(NamedTuple):
     """The codes whose mass is credited to a token.
 
@@ -119,14 +129,20 @@ def neighbourhood(p: Tensor, token: Tensor, neighbors: Tensor, delta: float) -> 
         A `Neighbourhood`.
 
     Raises:
-        ValueError: `delta` is negative or NaN, a token has no row, or the table does not fit the law.
+        ValueError: `delta` is negative or NaN, a token has no row or one that does not begin with it, or
+            shapes do not fit.
     """
     _need(delta >= 0, "delta", delta, "at least 0")
+    good = token.dtype == torch.int64 and token.shape == p.shape[:-1]
+    _need(good, "token", f"{token.dtype} {tuple(token.shape)}", f"int64, of shape {tuple(p.shape[:-1])}")
     fits = neighbors.ndim == 2 and neighbors.shape[1] >= 1 and len(neighbors) <= p.shape[-1]
     _need(fits, "neighbors", tuple(neighbors.shape), f"of shape (at most {p.shape[-1]}, k)")
     inside = not token.numel() or 0 <= int(token.min()) <= int(token.max()) < len(neighbors)
     _need(inside, "token", "others", f"codes in 0..{len(neighbors) - 1}")
     codes = neighbors.to(p.device)[token]
+    good = codes.dtype == torch.int64 and bool((codes[..., 0] == token).all())
+    good = good and not bool(((codes < 0) | (codes >= p.shape[-1])).any())
+    _need(good, "neighbors", "others", "int64 rows of codes that begin with their own")
     mass = p.gather(-1, codes)
     others = mass[..., 1:]
     within = others.cumsum(-1) <= delta
@@ -219,9 +235,13 @@ def relaxed_rule(
         int64 (B,): number of the accepted candidate, -1 for none; and int64 (B,): the token to take then.
 
     Raises:
-        ValueError: a candidate has probability 0 under the law that is said to have drawn it, or an option is
-            out of range.
+        ValueError: a candidate has probability 0 under the law that is said to have drawn it, `q` has another
+            shape, or a token or an option is out of range.
     """
+    used, shape = tokens * valid, (*tokens.shape, p.shape[-1])
+    good = used.dtype == torch.int64 and not bool(((used < 0) | (used >= shape[-1])).any())
+    _need(good, "tokens", "others", f"int64, in 0..{shape[-1] - 1}")
+    _need(q is None or q.shape == shape, "q", tuple(getattr(q, "shape", ())), f"of shape {shape}, or None")
     choice = torch.full_like(where, -1, dtype=torch.int64)
     left = where
     for k in range(tokens.shape[1]):
@@ -265,6 +285,13 @@ def _step(p: Tensor, q: Tensor, law: Tensor, kept: Tensor) -> RelaxedStep:
     return RelaxedStep(law, accepted, accepted - overlap(p, q), 0.5 * (law - p).abs().sum(-1))
 
 
+def _check_laws(p: Tensor, q: Tensor) -> None:
+    """Check that two laws are floating and of one shape and dtype."""
+    _need(p.shape == q.shape, "q", tuple(q.shape), f"of the shape of p, {tuple(p.shape)}")
+    _need(p.is_floating_point() and p.ndim > 0, "p", f"{p.dtype} {tuple(p.shape)}", "floating, (..., V)")
+    _need(p.dtype == q.dtype, "q", q.dtype, f"of the dtype of p, {p.dtype}")
+
+
 def relaxed_step(
     p: Tensor, q: Tensor, neighbors: Tensor, delta: float, rejected: str = "shifted"
 ) -> RelaxedStep:
@@ -279,10 +306,12 @@ def relaxed_step(
         A `RelaxedStep`, in the dtype of `p`.
 
     Raises:
-        ValueError: shapes do not fit, or an option is out of range.
+        ValueError: shapes or dtypes do not fit, a row of `neighbors` holds a code twice, or an option is out
+            of range.
     """
-    _need(p.shape == q.shape, "q", tuple(q.shape), f"of the shape of p, {tuple(p.shape)}")
+    _check_laws(p, q)
     _need(len(neighbors) == p.shape[-1], "neighbors", len(neighbors), f"{p.shape[-1]} rows")
+    _check_table(neighbors)
     _need(rejected in REJECTED, "rejected", repr(rejected), f"one of {', '.join(REJECTED)}")
     size = p.shape[-1]
     every = torch.arange(size, device=p.device).expand(p.shape)
@@ -304,17 +333,18 @@ def lenient_step(p: Tensor, q: Tensor, factor: Tensor | float) -> RelaxedStep:
 
     Args:
         p, q: laws of target and draft, floating, (..., V).
-        factor: at least 1; broadcasts over (...).
+        factor: finite, at least 1; broadcasts over (...).
 
     Returns:
         A `RelaxedStep`.
 
     Raises:
-        ValueError: shapes differ, or a factor is below 1.
+        ValueError: shapes or dtypes differ, or a factor is below 1 or not finite.
     """
-    _need(p.shape == q.shape, "q", tuple(q.shape), f"of the shape of p, {tuple(p.shape)}")
+    _check_laws(p, q)
     factor = torch.as_tensor(factor, dtype=p.dtype, device=p.device)
-    _need(bool((factor >= 1).all()), "factor", factor.tolist(), "at least 1")
+    good = bool(((factor >= 1) & factor.isfinite()).all())
+    _need(good, "factor", factor.tolist(), "at least 1 and finite")
     kept = torch.minimum(q, factor[..., None] * p)
     return _step(p, q, kept + (q - kept).sum(-1, keepdim=True) * residual(p, q), kept)
 
@@ -330,8 +360,10 @@ def code_clusters(codebook: Tensor, count: int) -> Tensor:
         int64, (V,), numbers from 0.
 
     Raises:
-        ValueError: `count` is out of range.
+        ValueError: `codebook` is no matrix of two rows or more, or `count` is out of range.
     """
+    good = codebook.ndim == 2 and len(codebook) >= 2 and bool(codebook.isfinite().all())
+    _need(good, "codebook", tuple(codebook.shape), "finite, (V, width) with V at least 2")
     _need(1 <= count <= len(codebook), "count", count, f"in 1..{len(codebook)}")
     tree = linkage(codebook.detach().double().cpu().numpy(), method="complete")
     return torch.as_tensor(fcluster(tree, count, criterion="maxclust") - 1, dtype=torch.int64)
@@ -351,12 +383,14 @@ def cluster_step(p: Tensor, q: Tensor, clusters: Tensor) -> RelaxedStep:
         A `RelaxedStep`.
 
     Raises:
-        ValueError: shapes differ.
+        ValueError: shapes or dtypes differ, or a cluster's number is negative.
     """
-    _need(p.shape == q.shape, "q", tuple(q.shape), f"of the shape of p, {tuple(p.shape)}")
+    _check_laws(p, q)
     _need(
         clusters.shape == p.shape[-1:], "clusters", tuple(clusters.shape), f"of shape {tuple(p.shape[-1:])}"
     )
+    good = clusters.dtype == torch.int64 and not bool((clusters < 0).any())
+    _need(good, "clusters", "others", "int64 numbers from 0")
     member = nn.functional.one_hot(clusters.to(p.device)).to(p.dtype)
     tiny = torch.finfo(p.dtype).tiny
     wanted, offered = p @ member, q @ member
@@ -472,6 +506,11 @@ def train_draft(
     """
     _need(len(indices) == len(labels), "labels", len(labels), f"as many as grids, {len(indices)}")
     _need(0 <= drop_label <= 1, "drop_label", drop_label, "in [0, 1]")
+    side, codes = teacher.config["side"], teacher.config["codes"]
+    good = indices.dtype == torch.int64 and indices.shape[1:] == (side, side) and len(indices) > 0
+    good = good and 0 <= int(indices.min()) <= int(indices.max()) < codes
+    what = f"int64 codes in 0..{codes - 1}, (N, {side}, {side}), N at least 1"
+    _need(good, "indices", f"{indices.dtype} {tuple(indices.shape)}", what)
     generator = torch.Generator().manual_seed(seed)
     sizes = {name: teacher.config[name] for name in ("codes", "classes", "side")}
     with torch.random.fork_rng(devices=[]):
@@ -581,6 +620,7 @@ class Lantern(Speculative):
         super().__init__(draft, gamma, draft_law=draft_law)
         _need(delta >= 0, "delta", delta, "at least 0")
         _need(rejected in REJECTED, "rejected", repr(rejected), f"one of {', '.join(REJECTED)}")
+        _check_table(neighbors)
         self.neighbors, self.delta, self.rejected = neighbors, delta, rejected
 
     def rule(

@@ -52,7 +52,11 @@ def last_hidden(backbone: Decoder, tokens: Tensor, batch: int = 16) -> Tensor:
 
     Returns:
         (R, N, d), in the dtype of the backbone.
+
+    Raises:
+        ValueError: `batch` is below 1.
     """
+    _need(batch >= 1, "batch", batch, "at least 1")
     parts = [backbone.norm(backbone.hidden_states(part)[-1]) for part in tokens.split(batch)]
     return torch.cat(parts)
 
@@ -133,8 +137,9 @@ def future_tokens(rows: Tensor, heads: int) -> Tensor:
         (R, T - K - 1, K), a view.
 
     Raises:
-        ValueError: a row has fewer than K + 2 tokens.
+        ValueError: a row has fewer than K + 2 tokens, or `heads` is below 1.
     """
+    _need(heads >= 1, "heads", heads, "at least 1")
     _need(rows.ndim == 2 and rows.shape[1] >= heads + 2, "rows", tuple(rows.shape), f"(R, T >= {heads + 2})")
     return rows[:, 2:].unfold(1, heads, 1)
 
@@ -153,16 +158,22 @@ def medusa_loss(logits: Tensor, wanted: Tensor, decay: float = 0.8) -> Tensor:
         Scalar.
 
     Raises:
-        ValueError: shapes do not fit, or `decay` is out of range.
+        ValueError: shapes do not fit, there is no place, a token is not in the vocabulary, or `decay` is out
+            of range.
     """
-    soft = wanted.is_floating_point()
+    soft, fits = wanted.is_floating_point(), logits.ndim >= 2 and logits.numel() > 0
+    _need(fits, "logits", tuple(logits.shape), "of shape (..., K, V) with at least one place")
     shape = logits.shape if soft else logits.shape[:-1]
     _need(wanted.shape == shape, "wanted", tuple(wanted.shape), f"of shape {tuple(shape)}")
     _need(0 < decay <= 1, "decay", decay, "in (0, 1]")
     if soft:
-        nats = -(wanted * logits.log_softmax(-1)).sum(-1)
+        each = torch.where(wanted > 0, wanted * logits.log_softmax(-1), 0)  # 0 log 0 is 0
+        nats = -each.sum(-1)
     else:
-        nats = F.cross_entropy(logits.flatten(0, -2), wanted.flatten(), reduction="none")
+        low, high = int(wanted.min()), int(wanted.max())
+        inside = 0 <= low and high < logits.shape[-1]
+        _need(inside, "wanted", f"tokens {low}..{high}", f"in 0..{logits.shape[-1] - 1}")
+        nats = F.cross_entropy(logits.flatten(0, -2), wanted.flatten().long(), reduction="none")
     power = torch.arange(1, logits.shape[-2] + 1, dtype=logits.dtype, device=logits.device)
     return (nats.view(-1, logits.shape[-2]).mean(0) * decay**power).sum()
 
@@ -182,8 +193,10 @@ def random_windows(
         (count, length).
 
     Raises:
-        ValueError: the text is shorter than a piece.
+        ValueError: the text is not (T,) or shorter than a piece, or `count` is negative.
     """
+    _need(tokens.ndim == 1, "tokens", tuple(tokens.shape), "of shape (T,)")
+    _need(count >= 0, "count", count, "at least 0")
     _need(0 < length <= len(tokens), "length", length, f"in 1..{len(tokens)}")
     start = torch.randint(len(tokens) - length + 1, (count,), generator=generator)
     return tokens[start[:, None] + torch.arange(length)]
@@ -214,8 +227,9 @@ def self_distil(
         int64, (R, N + length), prompts included.
 
     Raises:
-        ValueError: there are no temperatures.
+        ValueError: there are no temperatures, or `batch` is below 1.
     """
+    _need(batch >= 1, "batch", batch, "at least 1")
     _need(len(temperatures) > 0, "temperatures", tuple(temperatures), "at least one")
     found = []
     for number, part in enumerate(prompts.split(batch)):
@@ -261,8 +275,11 @@ def train_heads(
         The heads in eval mode, and the loss of every step in nats.
 
     Raises:
-        ValueError: the rows are too short, or `start` is behind their end.
+        ValueError: there are no rows or they are too short, `start` is behind their end, or a number is
+            below 1.
     """
+    for name, value in (("rows", len(rows)), ("steps", steps), ("batch", batch)):
+        _need(value >= 1, name, value, "at least 1")
     generator = torch.Generator().manual_seed(seed)
     model = MedusaHeads(backbone.embed.weight, heads, rank, generator=generator)
     labels, hidden = future_tokens(rows, heads).long(), last_hidden(backbone, rows[:, :-1])
@@ -322,8 +339,11 @@ def train_jointly(
         New backbone, new heads, both in eval mode, and the loss of every step in nats.
 
     Raises:
-        ValueError: a rate or weight is negative, or `warmup` is outside [0, 1].
+        ValueError: a rate or weight is negative, `warmup` is outside [0, 1], or there are no rows, no `batch`
+            or no `places`.
     """
+    for name, value in (("rows", len(rows)), ("batch", batch), ("places", places)):
+        _need(value >= 1, name, value, "at least 1")
     for name, value in (("rate", rate), ("head_rate", head_rate), ("weight", weight)):
         _need(value >= 0, name, value, "at least 0")
     _need(0 <= warmup <= 1, "warmup", warmup, "in [0, 1]")
@@ -398,8 +418,9 @@ def load_heads(backbone: Decoder, path: str | Path | None = None) -> MedusaHeads
         tensors = {key: file.get_tensor(key) for key in file.keys()}
     with torch.random.fork_rng(devices=[]):
         found = MedusaHeads(backbone.embed.weight, **about)
-    wanted = tuple(found.residual.shape)
-    _need(tensors["residual"].shape == wanted, "backbone", f"for heads {wanted}", f"the one of {path.name}")
+    wanted = {key: tuple(value.shape) for key, value in found.state_dict().items()}
+    same = {key: tuple(value.shape) for key, value in tensors.items()} == wanted
+    _need(same, "backbone", f"for heads {wanted}", f"the one of {path.name}")
     found.load_state_dict({k: v.to(backbone.embed.weight) for k, v in tensors.items()})
     return found.eval().requires_grad_(False)
 
@@ -420,7 +441,8 @@ class MedusaTree:
     def __post_init__(self) -> None:
         """Check, and bring into order."""
         ordered = tuple(sorted((tuple(path) for path in self.paths), key=lambda path: (len(path), path)))
-        _need(all(rank >= 0 for path in ordered for rank in path), "paths", ordered, "ranks of at least 0")
+        good = all(isinstance(rank, int) and rank >= 0 for path in ordered for rank in path)
+        _need(good, "paths", ordered, "integers, ranks of at least 0")
         DraftTree.from_paths(ordered)
         object.__setattr__(self, "paths", ordered)
 
@@ -484,7 +506,9 @@ class MedusaTree:
 
 
 def _check_accuracies(accuracies: Tensor) -> None:
-    """Raise `ValueError` unless the table is (K, S) with entries in [0, 1]."""
+    """Raise an error unless the table is a tensor (K, S) with entries in [0, 1]."""
+    if not isinstance(accuracies, Tensor):
+        raise TypeError(f"accuracies must be a tensor, got {type(accuracies).__name__}")
     good = (
         accuracies.ndim == 2
         and accuracies.numel() > 0
@@ -536,9 +560,10 @@ def best_cartesian(accuracies: Tensor, nodes: int) -> MedusaTree:
         A `MedusaTree`.
 
     Raises:
-        ValueError: an accuracy is outside [0, 1].
+        ValueError: an accuracy is outside [0, 1], or `nodes` is negative.
     """
     _check_accuracies(accuracies)
+    _need(nodes >= 0, "nodes", nodes, "at least 0")
     heads, guesses = accuracies.shape
     reach = accuracies.double().cumsum(1).tolist()
     best: tuple[float, tuple[int, ...]] = (1.0, ())
@@ -578,6 +603,7 @@ def rank_accuracies(
     Raises:
         ValueError: `guesses` is not in 1..V, or no token is asked for.
     """
+    _need(len(rows) >= 1, "rows", "none", "at least one text")
     _need(1 <= guesses <= heads.vocabulary, "guesses", guesses, f"in 1..{heads.vocabulary}")
     wanted = future_tokens(rows, heads.heads)
     first = max(0, start - 2)
@@ -693,6 +719,8 @@ class Medusa(Strategy):
         )
         wanted = f"a Decoder of {self.heads.vocabulary} tokens and width {self.heads.dim}"
         _need(fits, "model", type(backbone).__name__, wanted)
+        kinds = backbone.embed.weight.dtype, self.heads.residual.dtype
+        _need(kinds[0] == kinds[1], "heads", f"{kinds[1]}", f"of the model's dtype, {kinds[0]}")
         self._hidden: Tensor | None = None  # state behind which the last token of every row was chosen
         self._states: Tensor | None = None  # states of root and nodes of this round
 

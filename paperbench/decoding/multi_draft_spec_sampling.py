@@ -52,6 +52,7 @@ def _need(condition: bool, name: str, value: object, allowed: str) -> None:
 def _laws(p: Tensor, q: Tensor, drafts: int) -> tuple[Tensor, Tensor]:
     """Check two laws of one shape and a number of drafts; return them in float64."""
     _need(p.shape == q.shape, "q", tuple(q.shape), f"of the shape of p, {tuple(p.shape)}")
+    _need(p.ndim > 0, "p", tuple(p.shape), "of shape (..., V)")
     _need(isinstance(drafts, int) and drafts >= 1, "drafts", drafts, "an integer of at least 1")
     for name, law in (("p", p), ("q", q)):
         _need(law.is_floating_point(), name, law.dtype, "of a floating dtype")
@@ -102,10 +103,12 @@ def transport_program(p: Tensor, q: Tensor, most: int = 20_000) -> float:
         The largest chance that the token written is one of the drafts.
 
     Raises:
-        ValueError: shapes do not fit, or there are more tuples than `most`.
+        ValueError: shapes do not fit, laws are none, or there are more tuples than `most`.
     """
     _need(p.ndim == 1 and q.ndim == 2 and q.shape[1:] == p.shape, "q", tuple(q.shape), "of shape (K, V)")
     drafts, size = q.shape
+    _laws(p.expand_as(q), q, drafts)
+    p, q = p.detach(), q.detach()
     _need(size**drafts <= most, "most", most, f"at least the number of tuples, {size**drafts}")
     tuples = torch.cartesian_prod(*[torch.arange(size)] * drafts).reshape(-1, drafts)
     mass = torch.stack([q[k].double().cpu()[tuples[:, k]] for k in range(drafts)]).prod(0)
@@ -162,6 +165,14 @@ def _spread_over(groups: Tensor, law: Tensor, levels: int) -> Tensor:
     return law.new_zeros(*law.shape[:-1], levels).scatter_add(-1, index, law)
 
 
+def _all_or(valid: Tensor | None, q: Tensor) -> Tensor:
+    """Which drafts there are, bool (B, K), checked; all of them for None."""
+    valid = torch.ones(q.shape[:2], dtype=torch.bool, device=q.device) if valid is None else valid
+    good = valid.shape == q.shape[:2] and valid.dtype == torch.bool
+    _need(good, "valid", f"{valid.dtype} {tuple(valid.shape)}", f"bool, of shape {tuple(q.shape[:2])}")
+    return valid
+
+
 def selection_law(weights: Importance, q: Tensor, valid: Tensor | None = None) -> Tensor:
     """Law p_I of the draft that is chosen with chances proportional to the weights of the drafts' tokens.
 
@@ -172,9 +183,14 @@ def selection_law(weights: Importance, q: Tensor, valid: Tensor | None = None) -
 
     Returns:
         float64, (B, V), exact to rounding; 0 in rows without drafts.
+
+    Raises:
+        ValueError: shapes do not fit.
     """
-    valid = torch.ones(q.shape[:2], dtype=torch.bool, device=q.device) if valid is None else valid
-    q = q.double() * valid[..., None]
+    rows, size = weights.groups.shape
+    _need(q.ndim == 3 and q.shape[::2] == (rows, size), "q", tuple(q.shape), f"of shape ({rows}, K, {size})")
+    valid = _all_or(valid, q)
+    q = q.double().masked_fill(~valid[..., None], 0)
     mass = _spread_over(weights.groups, q, weights.levels.shape[1])
     chances = _chances(weights.levels, mass, valid, 0.25, 37.0, weights.spread)
     found = (q * chances.gather(2, weights.groups[:, None].expand(q.shape))).sum(1)
@@ -207,16 +223,18 @@ def importance_weights(
         An `Importance`.
 
     Raises:
-        ValueError: shapes do not fit, or an option is out of range.
+        ValueError: shapes do not fit, laws are negative or not finite, or an option is out of range.
     """
     _need(p.ndim == 2, "p", tuple(p.shape), "of shape (B, V)")
     _need(q.ndim == 3 and q[:, 0:0].shape[::2] == p.shape, "q", tuple(q.shape), "of shape (B, K, V)")
     _need(0 < spread <= 500, "spread", spread, "in (0, 500]")
     _need(bins >= 2, "bins", bins, "at least 2")
     _need(iterations >= 0, "iterations", iterations, "at least 0")
-    valid = torch.ones(q.shape[:2], dtype=torch.bool, device=q.device) if valid is None else valid
-    _need(valid.shape == q.shape[:2], "valid", tuple(valid.shape), f"of shape {tuple(q.shape[:2])}")
-    q = q.double() * valid[..., None]
+    valid = _all_or(valid, q)
+    q = q.double().masked_fill(~valid[..., None], 0)
+    for name, law in (("p", p), ("q", q)):
+        good = bool((law >= 0).all()) and bool(law.isfinite().all())
+        _need(good, name, "other numbers", "probabilities, finite and not negative")
     drafted = q.sum(1)
     p = p.double() * (drafted > 0)  # what is never drafted cannot be chosen
     size = p.shape[1]
@@ -238,6 +256,24 @@ def importance_weights(
     return Importance(levels, groups, spread)
 
 # %% ../../nbs/decoding/multi_draft_spec_sampling.ipynb #8e2ad3aa
+def _check_candidates(p: Tensor, tokens: Tensor, q: Tensor | None, valid: Tensor, where: Tensor) -> None:
+    """Check what a rule is given: shapes, dtypes, and that the laws can have drawn the tokens."""
+    _need(p.ndim == 2, "p", tuple(p.shape), "of shape (B, V)")
+    good = tokens.ndim == 2 and len(tokens) == len(p) and tokens.dtype == torch.int64
+    _need(good, "tokens", f"{tokens.dtype} {tuple(tokens.shape)}", f"int64, of shape ({len(p)}, K)")
+    for name, flags, shape in (("valid", valid, tokens.shape), ("where", where, p.shape[:1])):
+        good = flags.dtype == torch.bool and flags.shape == shape
+        _need(good, name, f"{flags.dtype} {tuple(flags.shape)}", f"bool, of shape {tuple(shape)}")
+    _need(q is not None, "q", None, "the laws that drew the tokens")
+    shape = (*tokens.shape, p.shape[1])
+    _need(q.shape == shape, "q", tuple(q.shape), f"of shape {shape}")
+    inside = not tokens.numel() or 0 <= int(tokens.min()) <= int(tokens.max()) < p.shape[1]
+    _need(inside, "tokens", "others", f"in 0..{p.shape[1] - 1}")
+    drawn = q.gather(2, tokens[..., None])[..., 0]
+    if bool(((drawn <= 0) & valid & where[:, None]).any()):
+        raise ValueError("q must be the law that drew the tokens: a drafted token has probability 0 under it")
+
+
 def importance_rule(
     p: Tensor,
     tokens: Tensor,
@@ -267,18 +303,16 @@ def importance_rule(
         int64 (B,): number of the accepted candidate, -1 for none; and int64 (B,): the token to take then.
 
     Raises:
-        ValueError: `q` is None, or a candidate has probability 0 under the law that is said to have drawn it.
+        ValueError: shapes do not fit, `q` is None, a token is out of range, or a candidate has probability 0
+            under the law that is said to have drawn it.
     """
     none = torch.full_like(where, -1, dtype=torch.int64)
     active = where & valid.any(1)
     if not bool(active.any()):
         return none, draws.categorical(p, where=where)
-    if q is None:
-        raise ValueError("q must be the laws that drew the tokens, got None")
-    drawn = q.gather(2, tokens[..., None])[..., 0]
-    if bool(((drawn <= 0) & valid & where[:, None]).any()):
-        raise ValueError("q must be the law that drew the tokens: a drafted token has probability 0 under it")
-    weights = importance_weights(p, q, valid, spread=spread, bins=bins, iterations=iterations)
+    _check_candidates(p, tokens, q, valid, where)
+    valid, wanted = valid & where[:, None], torch.where(where[:, None], p, 0)
+    weights = importance_weights(wanted, q, valid, spread=spread, bins=bins, iterations=iterations)
     log_weights = weights.log_weights.gather(1, tokens).masked_fill(~valid, -torch.inf)
     best = log_weights.amax(1, keepdim=True).clamp_min(0)
     choice = draws.categorical((log_weights - best).exp(), where=active)
@@ -321,10 +355,17 @@ def kseq_division(p: Tensor, q: Tensor, drafts: Tensor | int) -> Tensor:
         drafts: number of drafts, or one for each row, (B,).
 
     Returns:
-        float64, (B,), between 1 and K.
+        float64, (B,), between 1 and K; 1 for no drafts.
+
+    Raises:
+        ValueError: shapes do not fit.
     """
-    p, q = p.double(), q.double()
-    count = torch.as_tensor(drafts, device=p.device).expand(len(p)).clamp_min(1).double()
+    _need(p.ndim == 2, "p", tuple(p.shape), "of shape (B, V)")
+    _need(q.shape == p.shape, "q", tuple(q.shape), f"of the shape of p, {tuple(p.shape)}")
+    p, q, count = p.double(), q.double(), torch.as_tensor(drafts, device=p.device)
+    good = count.ndim == 0 or count.shape == p.shape[:1]
+    _need(good, "drafts", tuple(count.shape), f"a number, or of shape ({len(p)},)")
+    count = count.expand(len(p)).clamp_min(1).double()
     low, high = torch.ones_like(count), count.clone()
     for _ in range(60):
         middle = (low + high) / 2
@@ -344,7 +385,7 @@ def kseq_rule(
     Args:
         p: law of the target, (B, V).
         tokens: candidates, int64, (B, K), independent with one law.
-        q: that law, (B, K, V), the same for all K.
+        q: that law, (B, K, V), the same for all K; laws that differ by more than 0.01 are refused.
         valid: bool, (B, K), which candidates there are.
         draws: source of decisions.
         where: bool, (B,), rows that need a result.
@@ -353,15 +394,16 @@ def kseq_rule(
         int64 (B,): number of the accepted candidate, -1 for none; and int64 (B,): the token to take then.
 
     Raises:
-        ValueError: `q` is None.
+        ValueError: see `importance_rule`, or the laws of one row's candidates differ.
     """
     choice = torch.full_like(where, -1, dtype=torch.int64)
     if not bool((where & valid.any(1)).any()):
         return choice, draws.categorical(p, where=where)
-    if q is None:
-        raise ValueError("q must be the law that drew the tokens, got None")
+    _check_candidates(p, tokens, q, valid, where)
     p, count = p.double(), valid.sum(1)
     law = q.double().gather(1, valid.long().argmax(1)[:, None, None].expand(-1, 1, q.shape[2]))[:, 0]
+    apart = ((q - law[:, None]).abs().amax(2) > 0.01) & valid & where[:, None]
+    _need(not bool(apart.any()), "q", "different ones", "one law for all candidates of a row")
     rho = kseq_division(p, law, count)
     kept = torch.minimum(law, p / rho[:, None])
     for k in range(tokens.shape[1]):
@@ -434,9 +476,11 @@ def walk_chains(
         A `Verdict`.
 
     Raises:
-        ValueError: the tree does not consist of chains of one length.
+        ValueError: the tree does not consist of chains of one length, or `probs` has another shape.
     """
     rows, nodes = proposal.tokens.shape
+    fits = probs.shape[:2] == (rows, nodes + 1)
+    _need(fits, "probs", tuple(probs.shape), f"of shape ({rows}, {nodes + 1}, V)")
     chains = proposal.tree.parents.count(-1)
     depth = nodes // chains if chains else 0
     if nodes:
@@ -480,7 +524,7 @@ class MultiDraft(TreeSpeculative):
         draft_law: how the draft's logits become a law; None for the target's way.
 
     Raises:
-        ValueError: `drafts` or `length` is less than 1.
+        ValueError: `drafts` or `length` is not an integer of at least 1.
     """
 
     def __init__(
@@ -492,8 +536,8 @@ class MultiDraft(TreeSpeculative):
         rule: Callable[..., tuple[Tensor, Tensor]] = importance_rule,
         draft_law: TokenLaw | None = None,
     ) -> None:
-        _need(drafts >= 1, "drafts", drafts, "at least 1")
-        _need(length >= 1, "length", length, "at least 1")
+        for name, value in (("drafts", drafts), ("length", length)):
+            _need(isinstance(value, int) and value >= 1, name, value, "an integer of at least 1")
         super().__init__(draft, (drafts, *[1] * (length - 1)), replace=True, draft_law=draft_law)
         self.rule = rule
 

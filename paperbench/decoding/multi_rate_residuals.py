@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .core import _integers
 from .kangaroo_double_exit import Costs, KangarooModel, soft_cross_entropy
 from ..models.core import record, weights_folder
 from paperbench.models.decoder import (
@@ -55,10 +56,14 @@ class LightBlock(nn.Module):
         heads: query heads; divides `dim` with an even quotient.
         kv_heads: heads of the slow stream's keys and values; divides `heads`.
         rank: inner width of the three maps, at least 1.
+
+    Raises:
+        ValueError: `rank` is less than 1.
     """
 
     def __init__(self, dim: int, heads: int, kv_heads: int, rank: int) -> None:
         super().__init__()
+        _need(rank >= 1, "rank", rank, "at least 1")
         self.heads, self.kv_heads, self.width = heads, kv_heads, dim // heads
         self.norm1, self.norm2 = nn.RMSNorm(dim, eps=1e-6), nn.RMSNorm(dim, eps=1e-6)
         self.query, self.output, self.feed = (
@@ -130,9 +135,8 @@ class AcceleratorStream(nn.Module):
         fits = heads >= 1 and dim % heads == 0 and (dim // heads) % 2 == 0
         _need(fits, "heads", heads, f"a divisor of dim={dim} into heads of even width")
         _need(kv_heads >= 1 and heads % kv_heads == 0, "kv_heads", kv_heads, f"a divisor of heads={heads}")
-        _need(
-            len(ranks) >= 1 and min(ranks) >= 0, "ranks", tuple(ranks), "numbers of at least 0, at least one"
-        )
+        good = len(ranks) >= 1 and all(r >= 0 and r == int(r) for r in ranks)
+        _need(good, "ranks", tuple(ranks), "numbers of at least 0, whole, at least one")
         self.ranks = tuple(int(r) for r in ranks)
         self.config = {"dim": dim, "heads": heads, "ranks": list(self.ranks), "kv_heads": kv_heads}
         self.lights = nn.ModuleDict(
@@ -200,8 +204,16 @@ class AcceleratorStream(nn.Module):
 
         Returns:
             depth + 1 tensors (B, M, dim): p_0 = h_0, then p behind every layer.
+
+        Raises:
+            ValueError: the target has fewer layers than `depth` or another width, or a place is out of range.
+            TypeError: places are not integers.
         """
         depth = len(self.ranks) if depth is None else depth
+        most, dim = len(slow.states) - 1, self.config["dim"]
+        _need(0 <= depth <= most, "depth", depth, f"in 0..{most}, the layers of the target")
+        wide = slow.states[0].shape[-1]
+        _need(wide == dim, "slow", f"one of width {wide}", f"a pass of width {dim}")
         step = slow.step(places)
         here = (lambda x: x) if places is None else (lambda x: x[:, places])
         found = [here(slow.states[0])]
@@ -230,11 +242,19 @@ class SlowPass(NamedTuple):
         """Angles and causal mask of some places.
 
         Args:
-            places: int64, (M,); None for all.
+            places: int64, (M,), in 0..N-1; None for all.
+
+        Raises:
+            ValueError: a place is out of range.
+            TypeError: places are not integers.
         """
         if places is None:
             return Step(*self.angles, None, True)
-        sees = torch.arange(self.states[0].shape[1], device=places.device) <= places[:, None]
+        _integers("places", places)
+        most = self.states[0].shape[1] - 1
+        good = places.ndim == 1 and bool(((places >= 0) & (places <= most)).all())
+        _need(good, "places", places.tolist()[:8], f"(M,) in 0..{most}")
+        sees = torch.arange(most + 1, device=places.device) <= places[:, None]
         return Step(*(x[:, :, places] for x in self.angles), sees[None, None], False)
 
 
@@ -252,6 +272,8 @@ def slow_pass(target: Decoder, tokens: Tensor) -> SlowPass:
     Raises:
         TypeError, ValueError: see `Decoder.prepare`.
     """
+    _integers("tokens", tokens)
+    _need(tokens.ndim == 2 and tokens.shape[1] > 0, "tokens", tuple(tokens.shape), "(B, N), N >= 1")
     cache = target.new_cache(*tokens.shape)
     names = [n for n, part in target.named_modules() if isinstance(part, MixtureOfExperts)]
     with record(target, *(f"{n}.router" for n in names)) as tape:
@@ -270,7 +292,12 @@ def alignment(fast: Tensor, final: Tensor) -> Tensor:
 
     Returns:
         (...), in [-1, 1].
+
+    Raises:
+        TypeError: the streams are not floating.
     """
+    if not fast.is_floating_point():
+        raise TypeError(f"fast must be floating, got {fast.dtype}")
     return F.cosine_similarity(fast.double(), final.double(), dim=-1).to(fast.dtype)
 
 # %% ../../nbs/decoding/multi_rate_residuals.ipynb #ce7e64fc
@@ -309,9 +336,9 @@ def word_goal(rate: int) -> Callable[[Tensor, int, Teacher], Tensor]:
         goal(p, j, teacher): a scalar, soft cross-entropy in nats plus one minus the cosine.
 
     Raises:
-        ValueError: `rate` is less than 1.
+        ValueError: `rate` is no integer of at least 1.
     """
-    _need(rate >= 1, "rate", rate, "at least 1")
+    _need(isinstance(rate, int) and rate >= 1, "rate", rate, "an integer of at least 1")
 
     def goal(p: Tensor, j: int, teacher: Teacher) -> Tensor:
         deep = min(rate * j, len(teacher.target.blocks))
@@ -331,8 +358,14 @@ def expert_scores(target: Decoder, p: Tensor, layer: int) -> Tensor:
 
     Returns:
         (..., E).
+
+    Raises:
+        ValueError: there is no such layer, or it has no experts.
     """
+    _need(1 <= layer <= len(target.blocks), "layer", layer, f"in 1..{len(target.blocks)}")
     block = target.blocks[layer - 1]
+    sparse = isinstance(block.feed_forward, MixtureOfExperts)
+    _need(sparse, "target", "dense", "a decoder with experts")
     return block.feed_forward.router(block.norm2(p))
 
 
@@ -343,16 +376,17 @@ def expert_goal(lead: int) -> Callable[[Tensor, int, Teacher], Tensor]:
         lead: at least 1.
 
     Returns:
-        goal(p, j, teacher): soft cross-entropy of the routers' laws over all experts, nats.
+        goal(p, j, teacher): soft cross-entropy of the routers' laws over all experts, nats; raises
+            `ValueError` where the target has no experts at layer j + lead.
 
     Raises:
-        ValueError: `lead` is less than 1.
+        ValueError: `lead` is no integer of at least 1.
     """
-    _need(lead >= 1, "lead", lead, "at least 1")
+    _need(isinstance(lead, int) and lead >= 1, "lead", lead, "an integer of at least 1")
 
     def goal(p: Tensor, j: int, teacher: Teacher) -> Tensor:
-        wanted = teacher.slow.routers[j + lead - 1][:, teacher.places].softmax(-1)
-        return soft_cross_entropy(expert_scores(teacher.target, p, j + lead), wanted)
+        scores = expert_scores(teacher.target, p, j + lead)
+        return soft_cross_entropy(scores, teacher.slow.routers[j + lead - 1][:, teacher.places].softmax(-1))
 
     return goal
 
@@ -404,8 +438,11 @@ def train_streams(
         Losses, (steps, lessons), each the mean over its exits.
 
     Raises:
-        ValueError: an exit or a size is out of range, or the text is shorter than a window.
+        ValueError: there is no lesson, an exit or a size is out of range, or the text is shorter than a
+            window.
+        TypeError: tokens are not integers.
     """
+    _integers("tokens", tokens)
     for number, lesson in enumerate(lessons):
         most = len(lesson.stream.ranks)
         good = len(lesson.exits) > 0 and all(1 <= j <= most for j in lesson.exits)
@@ -413,6 +450,8 @@ def train_streams(
     _need(tokens.ndim == 1 and len(tokens) >= context, "tokens", tuple(tokens.shape), f"(T,), T >= {context}")
     _need(steps >= 1 and batch >= 1, "steps and batch", (steps, batch), "at least 1")
     _need(1 <= places <= context, "places", places, f"in 1..context={context}")
+    learned = sum(p.requires_grad for lesson in lessons for p in lesson.stream.parameters())
+    _need(learned > 0, "lessons", f"{len(lessons)} without weights to learn", "streams with gradients")
     streams = nn.ModuleList(lesson.stream for lesson in lessons).train()
     optimiser = torch.optim.AdamW(streams.parameters(), learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     course = lambda i: min((i + 1) / 20, 1.0) * (0.5 + 0.5 * math.cos(math.pi * i / steps))
@@ -421,25 +460,27 @@ def train_streams(
     frozen = [p for p in target.parameters() if p.requires_grad]
     for p in frozen:
         p.requires_grad_(False)
-    for _ in range(steps):
-        start = torch.randint(len(tokens) - context + 1, (batch, 1), generator=generator)
-        window = tokens[start + torch.arange(context)].to(device).long()
-        where = torch.randperm(context, generator=generator)[:places].sort().values.to(device)
-        teacher = Teacher(target, slow_pass(target, window), where)
-        losses = []
-        for stream, exits, goal in lessons:
-            found = stream(teacher.slow, where, max(exits))
-            losses.append(torch.stack([goal(found[j], j, teacher) for j in exits]).mean())
-        optimiser.zero_grad(set_to_none=True)
-        torch.stack(losses).sum().backward()
-        for stream in streams:
-            nn.utils.clip_grad_norm_(stream.parameters(), 1.0)
-        optimiser.step()
-        schedule.step()
-        history.append(torch.stack(losses).detach().cpu())
-    for p in frozen:
-        p.requires_grad_(True)
-    streams.eval()
+    try:
+        for _ in range(steps):
+            start = torch.randint(len(tokens) - context + 1, (batch, 1), generator=generator)
+            window = tokens[start + torch.arange(context)].to(device).long()
+            where = torch.randperm(context, generator=generator)[:places].sort().values.to(device)
+            teacher = Teacher(target, slow_pass(target, window), where)
+            losses = []
+            for stream, exits, goal in lessons:
+                found = stream(teacher.slow, where, max(exits))
+                losses.append(torch.stack([goal(found[j], j, teacher) for j in exits]).mean())
+            optimiser.zero_grad(set_to_none=True)
+            torch.stack(losses).sum().backward()
+            for stream in streams:
+                nn.utils.clip_grad_norm_(stream.parameters(), 1.0)
+            optimiser.step()
+            schedule.step()
+            history.append(torch.stack(losses).detach().cpu())
+    finally:
+        for p in frozen:
+            p.requires_grad_(True)
+        streams.eval()
     return torch.stack(history)
 
 # %% ../../nbs/decoding/multi_rate_residuals.ipynb #3495babe
@@ -486,7 +527,12 @@ class ExitRouter(nn.Module):
 
         Returns:
             Logits that leaving there gives the target's token, (..., J).
+
+        Raises:
+            ValueError: there is another number of exits, or another width.
         """
+        sizes = self.config["exits"], self.config["dim"]
+        _need(fast.shape[-2:] == sizes, "fast", tuple(fast.shape), f"(..., {sizes[0]}, {sizes[1]})")
         z = self.press(F.rms_norm(fast, fast.shape[-1:], eps=1e-6)) + self.place
         count = len(self.place)
         sees = torch.ones(count, count, dtype=torch.bool, device=fast.device).tril()
@@ -519,10 +565,11 @@ def train_router(
         Losses, (steps,), nats.
 
     Raises:
-        ValueError: shapes do not fit.
+        ValueError: shapes do not fit, or a number is less than 1.
     """
     fits = fast.ndim == 3 and len(fast) > 0 and right.shape == fast.shape[:2]
     _need(fits, "right", tuple(right.shape), f"of shape {tuple(fast.shape[:2])}")
+    _need(steps >= 1 and batch >= 1, "steps and batch", (steps, batch), "at least 1")
     optimiser = torch.optim.AdamW(router.parameters(), learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     losses = []
@@ -582,7 +629,11 @@ def first_exit(scores: Tensor, threshold: float) -> Tensor:
 
     Returns:
         int64, (T,), number of the exit in 0..K-1; K for none.
+
+    Raises:
+        ValueError: scores are not (T, K) with an exit.
     """
+    _need(scores.ndim == 2 and scores.shape[1] > 0, "scores", tuple(scores.shape), "(T, K), K >= 1")
     leaves = scores >= threshold
     return torch.where(leaves.any(1), leaves.long().argmax(1), scores.shape[1])
 
@@ -631,10 +682,12 @@ def exit_frontier(scores: Tensor, right: Tensor, costs: Tensor, thresholds: Tens
         A `Frontier`; a token that leaves nowhere is the target's own.
 
     Raises:
-        ValueError: shapes do not fit.
+        ValueError: shapes do not fit, or there is no token or no threshold.
     """
     fits = scores.ndim == 2 and right.shape == scores.shape and len(costs) == scores.shape[1] + 1
     _need(fits, "right and costs", (tuple(right.shape), len(costs)), f"for scores {tuple(scores.shape)}")
+    some = len(scores) > 0 and thresholds.ndim == 1 and len(thresholds) > 0
+    _need(some, "scores and thresholds", (len(scores), tuple(thresholds.shape)), "at least one of each")
     known = F.pad(right, (0, 1), value=True)
     each = [first_exit(scores, t) for t in thresholds.tolist()]
     cost = torch.stack([costs[one].mean() for one in each])
@@ -771,13 +824,15 @@ class MultiRateModel(KangarooModel):
         exit_layer: j, from 1 to L - 1.
 
     Raises:
-        ValueError: the exit is out of range, or the stream is of another size.
+        ValueError: the exit is out of range, or the stream is of another size or dtype.
     """
 
     def __init__(self, target: Decoder, stream: AcceleratorStream, exit_layer: int) -> None:
         wanted = {"dim": target.dim, "heads": target.heads, "kv_heads": target.kv_heads}
         found = {key: stream.config[key] for key in wanted}
         _need(found == wanted, "stream", found, f"of the sizes {wanted}")
+        dtype, others = target.embed.weight.dtype, {p.dtype for p in stream.parameters()}
+        _need(others <= {dtype}, "stream", others, f"of the target's dtype {dtype}")
         pair = TwoStreams(target, stream, exit_layer)
         super().__init__(pair, FastReader(pair), exit_layer)
         self.slow, self.stream = target, stream
@@ -801,6 +856,15 @@ class MultiRateModel(KangarooModel):
         """
         return self.slow.new_cache(batch, capacity)
 
+    def check_layers(self, cache: KVCache) -> None:
+        """Raise `ValueError` unless a cache has the slow stream's layers; the fast stream keeps nothing there.
+
+        Args:
+            cache: any.
+        """
+        layers = len(self.slow.blocks)
+        _need(cache.layers == layers, "cache", f"{cache.layers} layers", f"one of `new_cache`, over {layers}")
+
 # %% ../../nbs/decoding/multi_rate_residuals.ipynb #7f2264db
 RANK = 16  # of the shipped streams beside each layer, where nothing else is said
 
@@ -812,8 +876,13 @@ def save_parts(parts: dict[str, nn.Module], path: Path, recipe: dict[str, Any]) 
         parts: name to `AcceleratorStream` or `ExitRouter`.
         path: where to write.
         recipe: JSON values that say how the weights were made.
+
+    Raises:
+        ValueError: a name holds "/", which stands between a part and its weights.
     """
     from safetensors.torch import save_file
+
+    _need(not any("/" in name for name in parts), "parts", list(parts), 'named without "/"')
 
     tensors = {f"{name}/{k}": v for name, part in parts.items() for k, v in part.state_dict().items()}
     tensors = {k: v.detach().cpu().half().contiguous() for k, v in tensors.items()}
@@ -833,14 +902,18 @@ def load_parts(name: str | Path) -> tuple[dict[str, nn.Module], dict[str, Any]]:
 
     Raises:
         FileNotFoundError: there is no such file.
+        ValueError: `save_parts` did not write it.
     """
     from safetensors import safe_open
 
-    path = weights_folder() / f"m2r2_{name}.safetensors" if isinstance(name, str) else Path(name)
+    shipped = weights_folder() / f"m2r2_{name}.safetensors"
+    path = shipped if isinstance(name, str) and shipped.is_file() else Path(name)
     if not path.is_file():
         raise FileNotFoundError(f"name must be shipped parts or a safetensors file, got {str(path)!r}")
     with safe_open(str(path), "pt") as file:
-        about = json.loads(file.metadata()["about"])
+        about = (file.metadata() or {}).get("about")
+        _need(about is not None, "name", repr(str(path)), "a file that save_parts wrote")
+        about = json.loads(about)
         tensors = {key: file.get_tensor(key).float() for key in file.keys()}
     parts = {}
     for key, (kind, config) in about["parts"].items():
@@ -861,7 +934,11 @@ def head_ranks(exit_layer: int, rank: int) -> tuple[int, ...]:
 
     Returns:
         (0, ..., 0, j rank).
+
+    Raises:
+        ValueError: `exit_layer` is less than 1.
     """
+    _need(exit_layer >= 1, "exit_layer", exit_layer, "at least 1")
     return (*[0] * (exit_layer - 1), exit_layer * rank)
 
 
@@ -936,7 +1013,14 @@ def exit_examples(
 
     Returns:
         p_1 ... p_J, (windows * context, J, dim), and bool (windows * context, J).
+
+    Raises:
+        ValueError: there is no window, or the text is shorter than one.
+        TypeError: tokens are not integers.
     """
+    _integers("tokens", tokens)
+    _need(tokens.ndim == 1 and len(tokens) >= context, "tokens", tuple(tokens.shape), f"(T,), T >= {context}")
+    _need(windows >= 1 and context >= 1, "windows and context", (windows, context), "at least 1")
     fast, right = [], []
     for _ in range(windows):
         start = int(torch.randint(len(tokens) - context + 1, (1,), generator=generator))

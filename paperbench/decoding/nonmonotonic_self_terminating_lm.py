@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from ..data import python_text
-from .core import LanguageModel, TokenLaw
+from .core import LanguageModel, TokenLaw, _integers
 from ..models.core import weights_folder
 from ..models.decoder import Decoder, KVCache
 from ..models.text_gpt import tokenizer
@@ -171,6 +171,20 @@ class NMST:
         stay = F.logsigmoid(-end_logit)
         return EndLaw(torch.logaddexp(F.logsigmoid(end_logit), stay + log_f), stay + log_rest, None)
 
+
+def _whole_law(
+    logits: Tensor, end: int, form: VA | ST | NMST, t: Tensor, carry: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probabilities (B, N, V) of all tokens from logits (B, N, V), and what to carry on."""
+    others = logits.clone()
+    others[..., end] = -torch.inf
+    ordinary = others.logsumexp(-1)
+    found = form(logits[..., end], ordinary, t, carry)
+    stuck = ordinary == -torch.inf  # no other token is possible, so the end is certain
+    log_probs = others + (found.log_go - ordinary.masked_fill(stuck, 0))[..., None]
+    log_probs[..., end] = found.log_end.masked_fill(stuck, 0)
+    return log_probs, found.carry
+
 # %% ../../nbs/decoding/nonmonotonic_self_terminating_lm.ipynb #7a609c92
 class SelfTerminating(nn.Module):
     """A language model with another way to end.
@@ -208,15 +222,14 @@ class SelfTerminating(nn.Module):
             carry: what the call before returned, (B,) or None.
 
         Returns:
-            (B, N, V), and what to carry on.
+            (B, N, V), and what to carry on. Where all other logits are -inf the end is certain.
+
+        Raises:
+            ValueError: logits are not (B, N, V).
         """
-        others = logits.clone()
-        others[..., self.end] = -torch.inf
-        ordinary = others.logsumexp(-1)
-        found = self.form(logits[..., self.end], ordinary, t, carry)
-        log_probs = others + (found.log_go - ordinary)[..., None]
-        log_probs[..., self.end] = found.log_end
-        return log_probs, found.carry
+        good = logits.ndim == 3 and logits.shape[1] > 0 and logits.shape[2] > self.end
+        _need(good, "logits", tuple(logits.shape), f"(B, N, V) with N >= 1 and V > {self.end}")
+        return _whole_law(logits, self.end, self.form, t, carry)
 
     def forward(
         self,
@@ -237,8 +250,15 @@ class SelfTerminating(nn.Module):
             (B, N, V).
 
         Raises:
-            ValueError: an ST model with a cache, padding, positions or a mask: its product needs `law`.
+            ValueError: an ST model with a cache, padding, positions or a mask: its product needs `law`; a
+                cache or padding for other rows.
+            TypeError: tokens are not integers.
         """
+        _integers("tokens", tokens)
+        rows = len(tokens)
+        _need(cache is None or cache.batch == rows, "cache", getattr(cache, "batch", 0), f"for {rows} rows")
+        good = padding is None or (padding.dtype == torch.bool and padding.shape == tokens.shape)
+        _need(good, "padding", getattr(padding, "shape", None), f"bool, {tuple(tokens.shape)}")
         plain = cache is None and padding is None and positions is None and mask is None
         if isinstance(self.form, ST) and not plain:
             raise ValueError("form must be VA or NMST with a cache, padding, positions or mask, got ST")
@@ -295,11 +315,11 @@ def forced_from(eps: float, threshold: float = 0.5) -> int:
     return t
 
 
-def log_survival_bound(length: Tensor, eps: float, threshold: float = 0.5) -> Tensor:
+def log_survival_bound(length: Tensor | int, eps: float, threshold: float = 0.5) -> Tensor:
     """Largest log-chance that a text of an NMST or ST model has more than L tokens.
 
     Args:
-        length: L, any shape.
+        length: L, a number or a tensor of any shape.
         eps: rate of the floor, in (0, 1).
         threshold: of the decoder, from `end_threshold`.
 
@@ -309,7 +329,7 @@ def log_survival_bound(length: Tensor, eps: float, threshold: float = 0.5) -> Te
     Raises:
         ValueError: an argument is out of range.
     """
-    first, last = forced_from(eps, threshold), length.double()
+    first, last = forced_from(eps, threshold), torch.as_tensor(length).double()
     return ((last * (last + 1) - first * (first - 1)) / 2).clamp_min(0) * _rate(eps)
 
 # %% ../../nbs/decoding/nonmonotonic_self_terminating_lm.ipynb #d1b0ae6b
@@ -340,6 +360,8 @@ def complete(
 ) -> Completion:
     """Continue texts until they end or have `length` new tokens.
 
+    The model's context is no limit here: a decoder goes on as far as its rotary positions carry.
+
     Args:
         model: of any form.
         prompts: integers, (B, N), each from the start of its text, N >= 1.
@@ -352,7 +374,9 @@ def complete(
 
     Raises:
         ValueError: prompts are not (B, N) with N >= 1, or `length` is negative.
+        TypeError: prompts are not integers.
     """
+    _integers("prompts", prompts)
     _need(prompts.ndim == 2 and prompts.shape[1] >= 1, "prompts", tuple(prompts.shape), "(B, N), N >= 1")
     _need(length >= 0, "length", length, "at least 0")
     law = TokenLaw(temperature=0) if law is None else law
@@ -421,7 +445,9 @@ def beam_search(model: SelfTerminating, prompt: Tensor, length: int, width: int 
 
     Raises:
         ValueError: the prompt is not 1-D with a token, `length` is negative, or `width` is below 1.
+        TypeError: the prompt is not integers.
     """
+    _integers("prompt", prompt)
     _need(prompt.ndim == 1 and len(prompt) >= 1, "prompt", tuple(prompt.shape), "1-D with at least one token")
     _need(length >= 0, "length", length, "at least 0")
     _need(width >= 1, "width", width, "at least 1")
@@ -510,8 +536,14 @@ class EndData(NamedTuple):
         """Some of the texts, numbered anew, in their old order.
 
         Args:
-            texts: numbers.
+            texts: numbers, each once.
+
+        Raises:
+            ValueError: there is no such text, or one is named twice.
         """
+        most = int(self.text.max())
+        good = len(texts) == len(set(texts)) > 0 and 0 <= min(texts) <= max(texts) <= most
+        _need(good, "texts", list(texts), f"different numbers in 0..{most}, at least one")
         number = torch.full((int(self.text.max()) + 1,), -1)
         number[torch.tensor(sorted(texts))] = torch.arange(len(texts))
         rows = (number[self.text] >= 0).nonzero()[:, 0]
@@ -532,7 +564,11 @@ def read_texts(trunk: Decoder, texts: Sequence[Tensor], end: int, batch: int = 1
 
     Returns:
         An `EndData`, in the order of `texts`.
+
+    Raises:
+        ValueError: there are no texts.
     """
+    _need(len(texts) > 0, "texts", "none", "at least one")
     mark = torch.tensor([end], device=trunk.embed.weight.device)
     found: list[tuple[Tensor, ...]] = [()] * len(texts)
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
@@ -589,11 +625,15 @@ def train_end_row(data: EndData, form: VA | ST | NMST, decay: float = 1e-3, step
 
     Returns:
         float32, (D + 1,): row and bias.
+
+    Raises:
+        ValueError: no token is an end, or all are.
     """
+    texts = int(data.ends.sum())
+    _need(0 < texts < len(data.t), "data.ends", f"{texts} of {len(data.t)} true", "true somewhere, not all")
     shift, size = data.features.mean(0), data.features.std(0) + 1e-6
     scaled = data._replace(features=(data.features - shift) / size)
     weight = torch.zeros(data.features.shape[1] + 1, device=data.features.device)
-    texts = int(data.ends.sum())
     level = math.log(texts / len(data.t))  # near the share of ends; a product needs a smaller start
     level = level - 2 if isinstance(form, ST) else level
     weight[-1] = level + float(data.ordinary.mean()) if isinstance(form, VA) else level
@@ -693,12 +733,13 @@ class EndRow(nn.Module):
         row: row and bias, (D + 1,).
 
     Raises:
-        ValueError: the row does not fit.
+        ValueError: the row does not fit, or `end` is not a token.
     """
 
     def __init__(self, trunk: Decoder, end: int, row: Tensor) -> None:
         super().__init__()
         _need(row.shape == (trunk.dim + 1,), "row", tuple(row.shape), f"of shape ({trunk.dim + 1},)")
+        _need(0 <= end < trunk.vocabulary, "end", end, f"in 0..{trunk.vocabulary - 1}")
         self.trunk, self.end = trunk, end
         self.register_buffer("row", row.to(trunk.embed.weight))
         self.vocabulary, self.context = trunk.vocabulary, trunk.context
@@ -751,13 +792,7 @@ def chain_survival(
     _need(0 <= end < size and 0 <= start < size, "end, start", (end, start), f"in 0..{size - 1}")
     _need(length >= 0, "length", length, "at least 0")
     t = torch.arange(1, length + 1, device=logits.device)
-    x = logits.double()
-    others = x.clone()
-    others[:, end] = -torch.inf
-    ordinary = others.logsumexp(-1)
-    chances = form(x[:, end, None].expand(-1, length), ordinary[:, None].expand(-1, length), t)
-    full = others[:, None] + (chances.log_go - ordinary[:, None])[..., None]
-    full[..., end] = chances.log_end
+    full, _ = _whole_law(logits.double()[:, None].expand(-1, length, -1), end, form, t)
     steps = law(full).exp().transpose(0, 1)  # (L, from, to)
     state = F.one_hot(torch.tensor(start, device=logits.device), size).double()
     alive = [state.sum()]

@@ -76,8 +76,14 @@ def decode(tokens: Tensor | Sequence[int]) -> list[str]:
 
     Returns:
         n words.
+
+    Raises:
+        ValueError: a token is out of range.
     """
-    return [VOCABULARY[int(token)] for token in tokens]
+    numbers = [int(token) for token in tokens]
+    inside = all(0 <= number < len(VOCABULARY) for number in numbers)
+    _need(inside, "tokens", numbers, f"in 0..{len(VOCABULARY) - 1}")
+    return [VOCABULARY[number] for number in numbers]
 
 
 def run_program(words: Sequence[str], inputs: Mapping[str, int]) -> int:
@@ -92,7 +98,9 @@ def run_program(words: Sequence[str], inputs: Mapping[str, int]) -> int:
 
     Raises:
         ProgramError: a line is none of these, reads a variable before it is set, or nothing is returned.
+        ValueError: an input has no value.
     """
+    _need(set(inputs) >= set(INPUTS), "inputs", tuple(inputs), f"values of {', '.join(INPUTS)}")
     known, line = {name: inputs[name] % MODULUS for name in INPUTS}, []
 
     def read(word: str) -> int:
@@ -111,7 +119,7 @@ def run_program(words: Sequence[str], inputs: Mapping[str, int]) -> int:
         if len(line) != 3 or line[0] not in VARIABLES or line[1] not in ("=", "+=", "-=", "*="):
             raise ProgramError(f"cannot read the line {' '.join(line)!r}")
         name, sign, operand = line
-        if operand not in known and operand not in "123456":
+        if operand not in known and operand not in tuple("123456"):
             raise ProgramError(f"{operand!r} has no value")
         value = read(operand)
         if sign != "=":
@@ -162,7 +170,12 @@ class Task:
 
         Returns:
             Its words.
+
+        Raises:
+            ValueError: `order` is no permutation.
         """
+        good = order is None or sorted(order) == list(range(len(self.parts)))
+        _need(good, "order", order, f"a permutation of 0..{len(self.parts) - 1}")
         found = []
         for i in range(len(self.parts)) if order is None else order:
             name, start, steps = self.parts[i]
@@ -235,7 +248,7 @@ def make_tasks(
     _need(count >= 0, "count", count, "at least 0")
     _need(split in ("train", "valid", "test"), "split", repr(split), "'train', 'valid' or 'test'")
     _need(2 <= least <= most, "least and most", (least, most), "2 <= least <= most")
-    _need(least <= 38, "least", least, "at most 38, the lines of the longest task")
+    _need(least <= 38, "least", least, "at most 38: tasks of more lines are hardly ever drawn")
     draw = random.Random(int(torch.randint(2**62, (), generator=generator))).random
 
     def one(options: Sequence) -> Any:
@@ -352,8 +365,12 @@ def training_rows(
         _need(len(row) <= length, "length", length, f"at least {len(row)}")
         rows[number, : len(row)] = row
         weights[number, : len(row)] = 1
-        if transform.mode == "PSM" or row[0] != PRE:
-            weights[number, : len(given) + int(row[0] == PRE)] = 0
+        if row[0] != PRE:
+            first = 0
+        else:  # behind PRE, or in SPM behind the suffix
+            first = 1 if transform.mode == "PSM" else int((row == MID).nonzero()[0]) + 1
+        weights[number, first : first + len(given)] = 0
+        weights[number, 0] = 0
     return rows, weights
 
 # %% ../../nbs/decoding/self_infilling_decoding.ipynb #093dea10
@@ -606,7 +623,16 @@ class FillMachine:
 
         Returns:
             The state.
+
+        Raises:
+            ValueError: shapes do not fit, or a token is out of range.
         """
+        fits = tokens.ndim == 2 and lengths.shape == tokens.shape[:1]
+        fits = fits and not bool(((lengths < 0) | (lengths > tokens.shape[1])).any())
+        _need(fits, "lengths", lengths.tolist(), f"for tokens (B, N), {tuple(tokens.shape)}, each in 0..N")
+        there = tokens[torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]]
+        inside = not len(there) or 0 <= int(there.min()) <= int(there.max()) < self.vocabulary
+        _need(inside, "tokens", "others", f"in 0..{self.vocabulary - 1}")
         state = self.empty(len(tokens), tokens.device)
         for place in range(int(lengths.max()) if len(lengths) else 0):
             state = self.advance(state, tokens[:, place], place < lengths)
@@ -659,7 +685,8 @@ class SelfInfill(Strategy):
         state: after a call: `FillState`.
 
     Raises:
-        ValueError: a threshold is negative.
+        ValueError: a threshold is negative or not a number, or the thresholds are no row of numbers; in a
+            call, if they are for another number of rows.
     """
 
     def __init__(
@@ -671,12 +698,15 @@ class SelfInfill(Strategy):
     ) -> None:
         self.tau = torch.as_tensor(tau, dtype=torch.float64)
         _need(bool((self.tau >= 0).all()), "tau", tau, "at least 0")
+        _need(self.tau.ndim < 2, "tau", tuple(self.tau.shape), "a number, or of shape (B,)")
         self.layout, self.suffix_prompt = layout, tuple(int(token) for token in suffix_prompt)
         self.random_interrupt = random_interrupt
 
     def start(self, state: DecodingState) -> None:
         """Read the prompts; `state` is that of this call."""
-        text = state.text
+        text, shape = state.text, tuple(self.tau.shape)
+        fits = shape in ((), tuple(text.lengths.shape))
+        _need(fits, "tau", shape, f"a number, or of shape ({len(text.lengths)},)")
         self.machine = FillMachine(self.layout, self.suffix_prompt, state.target.model.vocabulary)
         self.state = self.machine.read(text.tokens, text.lengths)
         self.confidence = torch.full(text.tokens.shape, torch.nan, device=text.tokens.device)
@@ -927,6 +957,10 @@ def plain_context(parts: Segments, suffix_prompt: Sequence[int]) -> Tensor:
     return text[: max(0, last_place(text, suffix_prompt))]
 
 
+def _check_split(split: str) -> None:
+    _need(split in ("vanilla", "extended", "half"), "split", repr(split), "'vanilla', 'extended' or 'half'")
+
+
 def next_suffix(
     text: Tensor, suffix: Tensor, reverted: bool, layout: Layout, suffix_prompt: Sequence[int], split: str
 ) -> Tensor:
@@ -948,7 +982,7 @@ def next_suffix(
     Raises:
         ValueError: unknown split.
     """
-    _need(split in ("vanilla", "extended", "half"), "split", repr(split), "'vanilla', 'extended' or 'half'")
+    _check_split(split)
     first = text.new_tensor(tuple(suffix_prompt), dtype=torch.int64)
     if not len(first):
         return first
@@ -990,7 +1024,8 @@ def loop_decode(
         tasks: prompts, int64, each 1-D.
         layout: sentinels and stop words.
         suffix_prompt: tokens that the first suffix begins with.
-        length: most tokens that a call may write; fewer where the model's context ends.
+        length: most tokens that a call may write; fewer where the model's context ends for the longest
+            prompt of the call.
         loops: pairs of an infill call and a plain call; 0 for a single infill call.
         split: see `next_suffix`.
         tau, random_interrupt: see `SelfInfill`.
@@ -1002,9 +1037,11 @@ def loop_decode(
         A `LoopResult`.
 
     Raises:
-        ValueError: `loops` is negative, or see `generate`.
+        ValueError: `loops` or `length` is negative, or see `next_suffix` and `generate`.
     """
     _need(loops >= 0, "loops", loops, "at least 0")
+    _need(length >= 0, "length", length, "at least 0")
+    _check_split(split)
     device = tasks[0].device if len(tasks) else None
     first = torch.as_tensor(suffix_prompt, dtype=torch.int64, device=device)
     marks = tuple(first.tolist())
@@ -1045,6 +1082,8 @@ def loop_decode(
             texts[row] = texts[row] if reverted else text
             history[row].append(LoopStep("plain", texts[row], None, reverted, len(context), wrote[row]))
             given[row] = next_suffix(texts[row], suffix, reverted, layout, marks, split)
+            if len(task) + len(given[row]) + 2 > model.context:  # no room for it: begin anew
+                given[row] = first
     return LoopResult(texts, history, total["tokens"], total["target_passes"])
 
 # %% ../../nbs/decoding/self_infilling_decoding.ipynb #f1aeca4f

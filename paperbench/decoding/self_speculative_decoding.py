@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Sublayer', 'KINDS', 'DEEP', 'sublayers', 'SkippableDecoder', 'pass_cost', 'text_bytes', 'train_deep', 'save_deep',
            'load_deep', 'ExitState', 'AdaptiveThreshold', 'SelfSpeculative', 'cost_per_token', 'draft_agreement',
-           'Replay', 'replay', 'Search', 'gaussian_process', 'search_skip_set']
+           'replay', 'Search', 'gaussian_process', 'search_skip_set']
 
 # %% ../../nbs/decoding/self_speculative_decoding.ipynb #6d3709e0
 import json
@@ -18,13 +18,16 @@ from typing import Any, NamedTuple
 import torch
 from ..data import python_text
 from paperbench.decoding.core import (
+    DecoderView,
     Decoding,
     DecodingState,
-    DraftTree,
     Proposal,
+    Replay,
     Strategy,
     TokenLaw,
     Verdict,
+    replay_rounds,
+    run_lengths,
 )
 from ..models.core import weights_folder
 from ..models.decoder import Decoder, train_decoder
@@ -49,11 +52,16 @@ def sublayers(model: Decoder) -> tuple[Sublayer, ...]:
 
     Returns:
         Pairs (kind, layer), kind "attention" or "feed_forward".
+
+    Raises:
+        TypeError: `model` is not a `Decoder`.
     """
+    if not isinstance(model, Decoder):
+        raise TypeError(f"model must be a Decoder, got {type(model).__name__}")
     return tuple((kind, layer) for layer in range(len(model.blocks)) for kind in KINDS)
 
 
-class SkippableDecoder(Decoder):
+class SkippableDecoder(DecoderView):
     """A decoder that shares all its parts with another and leaves out some sublayers.
 
     Its cache has the shape of the other's, so both can use one. A skipped attention writes nothing there.
@@ -73,10 +81,7 @@ class SkippableDecoder(Decoder):
     """
 
     def __init__(self, model: Decoder, skip: Iterable[Sublayer] = ()) -> None:
-        if not isinstance(model, Decoder):
-            raise TypeError(f"model must be a Decoder, got {type(model).__name__}")
-        nn.Module.__init__(self)
-        self.__dict__.update(model.__dict__)  # the very same dictionary of submodules
+        super().__init__(model)
         self.skip = skip
 
     @property
@@ -111,10 +116,6 @@ class SkippableDecoder(Decoder):
                 x = x + block.feed_forward(block.norm2(x))
             states.append(x)
         return states
-
-    def forward(self, tokens: Tensor, cache: Any = None, **options: Any) -> Tensor:
-        """Logits for the token after every position; arguments and result as in `Decoder.forward`."""
-        return self.head(self.hidden_states(tokens, cache, **options)[-1])
 
 
 def pass_cost(model: Decoder, skip: Iterable[Sublayer] = ()) -> float:
@@ -327,7 +328,13 @@ class AdaptiveThreshold:
 
         Returns:
             The new state.
+
+        Raises:
+            ValueError: the counts are not one for each row.
         """
+        rows = state.threshold.shape
+        for name, counts in (("accepted", accepted), ("drafted", drafted)):
+            _need(counts.shape == rows, name, tuple(counts.shape), f"of shape {tuple(rows)}")
         there = drafted > 0
         share = accepted.double() / drafted.clamp_min(1)
         moving = self.memory * state.moving + (1 - self.memory) * share
@@ -400,10 +407,7 @@ class SelfSpeculative(Strategy):
             confidence = logits.softmax(-1).gather(1, tokens[-1][:, None])[:, 0]
             where = where & (len(tokens) < room) & (confidence >= self.exits.threshold)
         self.drafter.rollback(state.text.lengths - 1)
-        if not tokens:
-            return Proposal.nothing(state.text.tokens)
-        chain = DraftTree.chain(len(tokens))
-        return Proposal(torch.stack(tokens, 1), chain, torch.stack(laws, 1), torch.stack(valid, 1))
+        return Proposal.chain(state.text.tokens, tokens, laws, valid)
 
     def settle(self, state: DecodingState, proposal: Proposal, verdict: Verdict) -> None:
         """Tell the controller what became of the drafts.
@@ -446,29 +450,12 @@ def draft_agreement(
         bool, (B, N - start), and the probability of the draft's favourite, of the same shape.
 
     Raises:
-        ValueError: `start` is out of range.
+        ValueError: `texts` is not (B, N), or `start` is out of range.
     """
+    _need(texts.ndim == 2, "texts", tuple(texts.shape), "of shape (B, N)")
     _need(1 <= start < texts.shape[1], "start", start, f"in 1..{texts.shape[1] - 1}")
     best = SkippableDecoder(model, skip)(texts[:, :-1])[:, start - 1 :].softmax(-1).max(-1)
     return best.indices == texts[:, start:], best.values
-
-
-class Replay(NamedTuple):
-    """Passes of a replayed decoding, all rows together.
-
-    Attributes:
-        rounds: full passes.
-        drafts: draft passes.
-        tokens: tokens written.
-    """
-
-    rounds: int
-    drafts: int
-    tokens: int
-
-    def cost(self, draft_cost: float) -> float:
-        """Full passes a token, if a draft pass costs `draft_cost` of them."""
-        return (self.rounds + draft_cost * self.drafts) / self.tokens
 
 
 def replay(agrees: Tensor, confidence: Tensor, most: int, threshold: float = 0.0) -> Replay:
@@ -481,19 +468,17 @@ def replay(agrees: Tensor, confidence: Tensor, most: int, threshold: float = 0.0
 
     Returns:
         A `Replay`.
+
+    Raises:
+        TypeError: `agrees` is not bool.
+        ValueError: the shapes are not both (B, T), `most` is negative, or the threshold is nan.
     """
-    rounds = drafts = 0
-    for right, sure in zip(agrees.tolist(), (confidence >= threshold).tolist(), strict=True):
-        at = 0
-        while at < len(right):
-            room, made = min(most, len(right) - at - 1), 0
-            while made < room and (made == 0 or sure[at + made - 1]):
-                made += 1
-            kept = 0
-            while kept < made and right[at + kept]:
-                kept += 1
-            rounds, drafts, at = rounds + 1, drafts + made, at + kept + 1
-    return Replay(rounds, drafts, agrees.numel())
+    same = agrees.ndim == 2 and agrees.shape == confidence.shape
+    _need(same, "agrees, confidence", (*map(tuple, (agrees.shape, confidence.shape)),), "both (B, T)")
+    _need(most >= 0, "most", most, "at least 0")
+    _need(not math.isnan(threshold), "threshold", threshold, "a number")
+    sure = run_lengths(confidence >= threshold)  # behind each of these another draft is made
+    return replay_rounds(run_lengths(agrees), (sure + 1).clamp_max(most))
 
 # %% ../../nbs/decoding/self_speculative_decoding.ipynb #1f21d8ec
 class Search(NamedTuple):
@@ -525,7 +510,15 @@ def gaussian_process(
     Returns:
         Mean and standard deviation at `asked`, (m,), and the log marginal likelihood of `values` without its
         constant.
+
+    Raises:
+        ValueError: shapes do not fit, or `scale` or `noise` is not positive.
     """
+    _need(scale > 0, "scale", scale, "positive")
+    _need(noise > 0, "noise", noise, "positive")
+    fits = known.ndim == asked.ndim == 2 and values.shape == known.shape[:1]
+    found = tuple(tuple(x.shape) for x in (known, values, asked))
+    _need(fits and known.shape[1] == asked.shape[1], "known, values, asked", found, "(n, d), (n,) and (m, d)")
     kernel = torch.exp(-torch.cdist(known, known, p=1) / scale)
     factor = torch.linalg.cholesky(kernel + noise * torch.eye(len(known), dtype=known.dtype))
     solved = torch.cholesky_solve(values[:, None], factor)[:, 0]
@@ -591,7 +584,8 @@ def search_skip_set(
         A `Search`.
 
     Raises:
-        ValueError: another method, no candidates, a candidate twice, or a number below 1.
+        ValueError: another method, no candidates, a candidate twice, a number below 1, or a cost that is not
+            finite.
     """
     _need(method in ("gp_bo", "greedy", "random"), "method", repr(method), "'gp_bo', 'greedy' or 'random'")
     _need(
@@ -612,7 +606,10 @@ def search_skip_set(
     def look(bits: Sequence[int]) -> float:
         bits = tuple(bits)
         if bits not in tried:
-            tried[bits] = float(objective(named(bits)))
+            value = float(objective(named(bits)))
+            finite = math.isfinite(value)
+            _need(finite, "objective", f"{value} for {sorted(named(bits))}", "finite for all sets")
+            tried[bits] = value
         return tried[bits]
 
     here = [0] * width

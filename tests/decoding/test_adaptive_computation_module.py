@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from paperbench.data import digits
-from paperbench.decoding.adaptive_computation_module import ACM, ExitViT, acmize, acms, allocate, balanced_clusters, budget_loss, distil_learners, diversity_loss, entropy_loss, fine_tune, gated_loss, gumbel_choice, leave_at, linear_learners, load_student, moefy, pack_state, prefix_errors, prefix_mask, pretrain_gates, routed, run_experts, run_gated, sorted_dispatch, teacher_activations, unpack_state, used_share, vit_flops
+from paperbench.decoding.adaptive_computation_module import ACM, ExitViT, acmize, acms, allocate, balanced_clusters, budget_loss, distil_learners, diversity_loss, entropy_loss, expert_loss, fine_tune, gated_loss, gumbel_choice, leave_at, linear_learners, load_student, moefy, neuron_learners, pack_state, prefix_errors, prefix_mask, pretrain_gates, routed, run_experts, run_gated, sorted_dispatch, teacher_activations, unpack_state, used_share, vit_flops
 from paperbench.models import load
 from paperbench.models.digits_classifier import jitter
 
@@ -136,10 +136,12 @@ def test_allocation_is_the_best_of_all():
 
 def test_choices_have_the_law_and_the_gradient_of_the_softmax():
     logits = torch.tensor([0.1, 2.0, -1.0, 0.5], dtype=torch.float64)
-    for temperature in (0.3, 1.0, 5.0):
+    for temperature in (0.3, 1.0, 5.0, 1e20):
         z = gumbel_choice(logits.expand(40_000, 4), temperature, draws(0))
         assert ((z - 1).abs() < 1e-9).sum() == 40_000 and z.dtype == torch.float64
         assert (z.mean(0) - logits.softmax(-1)).abs().max() < 0.01
+        if temperature > 5:
+            continue  # the slope is zero
         given, weight = logits.clone().requires_grad_(True), torch.tensor([1.0, -2.0, 0.5, 3.0]).double()
         (gumbel_choice(given, temperature, draws(1)) @ weight).backward()
         noise = -(-torch.rand(4, generator=draws(1)).double().log()).log()
@@ -147,6 +149,9 @@ def test_choices_have_the_law_and_the_gradient_of_the_softmax():
         steps = torch.eye(4, dtype=torch.float64) * 1e-6
         slope = torch.stack([(soft(logits + s) - soft(logits - s)) / 2e-6 for s in steps])
         torch.testing.assert_close(given.grad, slope, rtol=1e-4, atol=1e-6)
+    for dtype in (torch.bfloat16, torch.float16):  # where uniform numbers round to 0 and 1
+        z = gumbel_choice(logits.to(dtype).expand(40_000, 4), 1.0, draws(0))
+        assert z.dtype == dtype and (z.float().mean(0) - logits.softmax(-1)).abs().max() < 0.01
     assert prefix_mask(torch.eye(3)).tolist() == [[0, 0], [1, 0], [1, 1]]
 
 
@@ -185,6 +190,16 @@ def test_padding_runs_no_learner():
     assert all(not k[1, 40:].any() for k in taken.values())
     assert torch.equal(taken["blocks.0.attention.qkv"][0], free["blocks.0.attention.qkv"][0])
     assert all(part.policy is None for part in acms(model).values())
+    calls = []
+
+    def outer(name, module, x):
+        calls.append(name)
+        return sorted_dispatch(module, x, module.choice(x))
+
+    with torch.no_grad(), routed(model, outer):  # a block in a block
+        assert len(run_gated(model, x)[1]) == 12 and not calls
+        model(x)
+    assert len(calls) == 12 and all(part.policy is None for part in acms(model).values())
 
 
 def test_distillation_is_local_and_helps():
@@ -207,6 +222,10 @@ def test_distillation_is_local_and_helps():
     errors = prefix_errors(part, *seen).mean(0)
     reverse = part.learner_outputs(seen[0]).flip(1).cumsum(1)[:, 0] + part.bias
     assert errors[1] < (reverse - seen[1]).square().mean() / seen[1].var(0).mean()
+    odd = acmize(vit, ["mlp"], 3, generator=draws(0))  # 129 units for 128 neurons
+    assert distil_learners(vit, odd, images, 1, survey=32, tokens=64, generator=draws(2)).isfinite().all()
+    distil_learners(vit, odd, images, 0, survey=32, generator=draws(2))
+    torch.testing.assert_close(odd.blocks[1].mlp(seen[0], 3), seen[1], rtol=1e-3, atol=1e-4)
     log = pretrain_gates(vit, both, images, 0.3, 6, batch=4, generator=draws(3))
     assert log[-1] < log[0]
 
@@ -270,11 +289,17 @@ def test_shipped_students_know_where_to_work():
     again = unpack_state(pack_state(state))
     assert (again["w"] - state["w"]).abs().max() < state["w"].abs().max() / 200
     torch.testing.assert_close(again["b"], state["b"], rtol=1e-3, atol=1e-3)
+    small = torch.tensor([0.0, 1e-6, 1e-9, 1.0])[:, None].expand(4, 30)
+    again = unpack_state(pack_state({"w": small}))["w"]
+    assert (again - small).abs().max() < 1e-3 and again[:3].abs().max() < 1e-5
 
 
 def test_bad_input():
     acm, x = ACM(4, 4, 3, 2), torch.zeros(2, 4)
-    for k in (torch.tensor([0, 4]), torch.tensor([-1, 0]), torch.zeros(3).long(), torch.zeros(2)):
+    before = torch.get_rng_state()
+    ACM(4, 4, 3, 2, generator=draws(0))
+    assert torch.equal(torch.get_rng_state(), before)
+    for k in (torch.tensor([0, 4]), torch.tensor([-1, 0]), torch.zeros(3).long(), torch.zeros(2), 1.5):
         with pytest.raises(ValueError, match="k must be"):
             sorted_dispatch(acm, x, k)
     with pytest.raises(ValueError, match="x must be"):
@@ -283,6 +308,51 @@ def test_bad_input():
         with pytest.raises(ValueError, match=next(iter(wrong))):
             ACM(**{**dict(d_in=4, d_out=4, n_learners=3, hidden=2), **wrong})
     vit = load("digits_vit")
+    plain = acmize(vit, ["blocks.0.mlp"], 2, gate_hidden=0, generator=draws(0))
+    z, y, rows = torch.ones(2, 3, 3) / 3, torch.tensor([0, 1]), digits(16).train.x[:2]
+    for call, name in (
+        (lambda: acm.masked(x, torch.ones(2, 1)), "keep"),
+        (lambda: acm.choice(x, -torch.inf), "price"),
+        (lambda: gumbel_choice(z, torch.inf), "temperature"),
+        (lambda: run_gated(plain, rows, where=torch.ones(2, 65)), "where"),
+        (lambda: run_gated(plain, rows, where=torch.ones(1, 65) > 0), "where"),
+        (lambda: used_share(vit, {}), "taken"),
+        (lambda: used_share(plain, {}), "taken"),
+        (lambda: neuron_learners(ACM(64, 64, 2, 2, activation="relu"), vit.blocks[0].mlp, x), "acm"),
+        (lambda: prefix_errors(acm, x[:1], x[:1]), "y"),
+        (lambda: allocate([torch.zeros(2, 3)], [0.0], 0.5), "costs"),
+        (lambda: allocate([torch.full((2, 3), torch.nan)], [1.0], 0.5), "errors"),
+        (lambda: pretrain_gates(vit, plain, rows, 0.5, 1), "student"),
+        (lambda: gated_loss(vit, 0.5), "model"),
+        (lambda: expert_loss(plain, 0.5), "model"),
+        (lambda: run_experts(plain, rows, 0.5), "model"),
+        (lambda: run_experts(acmize(vit, ["mlp"]), rows, 2), "thresholds"),
+        (lambda: run_experts(acmize(vit, ["mlp"]), rows, {}), "thresholds"),
+        (lambda: expert_loss(acmize(vit, ["mlp"]), -0.5), "beta"),
+        (lambda: budget_loss([z, z], [1.0], 0.5), "costs"),
+        (lambda: budget_loss([z], [1.0], 0.5, torch.ones(2, 1) > 0), "where"),
+        (lambda: fine_tune(plain, rows, y, 1, gated_loss, only="nothing"), "only"),
+        (lambda: fine_tune(plain, rows, y[:1], 1, gated_loss), "labels"),
+        (lambda: balanced_clusters(x, 2, rounds=0), "rounds"),
+        (lambda: entropy_loss([]), "choices"),
+        (lambda: diversity_loss([]), "choices"),
+        (lambda: leave_at(torch.zeros(3, 4), 0.5), "logits"),
+        (lambda: acmize(vit, n_learners=0), "n_learners"),
+        (lambda: distil_learners(vit, vit, rows, 1), "student"),
+        (lambda: distil_learners(vit, plain, rows[:0], 1), "images"),
+        (lambda: distil_learners(vit, plain, rows, -1), "steps"),
+        (lambda: linear_learners(ACM(4, 3, 2, 1, activation="linear"), nn.Linear(4, 3), x[:0]), "x"),
+        (lambda: vit_flops(plain, {"x": torch.zeros(1, 65)}), "taken"),
+    ):
+        with pytest.raises(ValueError, match=name + " must be"):
+            call()
+    with pytest.raises(TypeError, match="targets must be a sequence"):
+        acmize(vit, "mlp")
+    with pytest.raises(TypeError, match="logits must be floating"):
+        gumbel_choice(torch.zeros(3).long())
+    with pytest.raises(AttributeError):
+        teacher_activations(vit, rows, ["blocks.0.mlp", "nowhere"])
+    assert not vit.blocks[0].mlp._forward_hooks  # no hook stays behind
     with pytest.raises(ValueError, match="targets"):
         acmize(vit, ["nowhere"])
     with pytest.raises(ValueError, match="targets"):

@@ -102,6 +102,10 @@ def test_a_trained_network_is_taken_over_with_its_weights():
     assert list(co.state_dict()) == list(plain.state_dict())
     assert all(a is b for a, b in zip(co.parameters(), plain.parameters()))
     torch.testing.assert_close(co.forward_steps(x, pad_end=True), plain(x), rtol=1e-4, atol=1e-5)
+    twice = nn.ReLU()  # one layer at two places
+    plain = nn.Sequential(nn.Conv1d(3, 4, 1), twice, nn.Conv1d(4, 4, 1), twice)
+    assert len(continual(plain)) == 4
+    torch.testing.assert_close(continual(plain).forward_steps(x), plain(x), rtol=1e-4, atol=1e-5)
     video = nn.Sequential(nn.Conv3d(1, 2, 3))
     x = torch.randn(1, 1, 5, 6, 6)
     torch.testing.assert_close(continual(video).forward_steps(x), video(x), rtol=1e-4, atol=1e-5)
@@ -145,6 +149,19 @@ def test_retroactive_attention_is_softmax():
         assert rows.dtype == torch.float32 and (rows - true).abs().max() < 5e-2
     assert attend_all(q, k, v, 7, guard=1.01)[1].refreshed > attend_all(q, k, v, 7, guard=10.0)[1].refreshed
     assert attend_all(0 * q, k, v, 7)[1].refreshed == 0
+
+
+def test_a_token_that_is_not_finite_leaves_without_a_trace():
+    for part in range(3):
+        x = torch.randn(3, 14, 1, 2, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+        x[part, 5, 0, 0, 0] = torch.nan
+        state = None
+        for t in range(14):
+            rows, state = retroactive_step(*x[:, t], state, window=4)
+            q, k, v = x[:, max(0, t - 3) : t + 1].permute(0, 2, 3, 1, 4)
+            true = (q @ k.mT / 2).softmax(-1) @ v
+            assert torch.equal(rows.isnan(), true.isnan()) and true.isnan().any() == (5 <= t < 9)
+            assert (rows - true).nan_to_num().abs().max() < 1e-9
 
 
 def test_peaks_are_the_largest_sums_since_birth():
@@ -267,8 +284,16 @@ def test_bad_input_is_named():
     attention = CoRetroactiveAttention(4, 2, 3)
     adapter = StructuredPruningAdapter(nn.Linear(3, 2), 1)
     norm = CoSequential(CoConv1d(2, 2, 1), nn.BatchNorm1d(2)).train()
-    state = conv.step(frame)[1]
+    state, pool, delay = (layer.step(frame)[1] for layer in (conv, CoPool(2), CoDelay(1)))
     q = torch.zeros(1, 1, 4)
+    full = retroactive_step(q, q, q, retroactive_step(q, q, q, window=2)[1], window=2)[1]
+    single, recycle = CoSingleOutputAttention(4, 2, 3), RecyclingPositionalEncoding(4, 5)
+    block = nn.TransformerEncoderLayer(4, 2, 6, batch_first=True)
+    encoder = CoTransformerEncoder(nn.TransformerEncoder(block, 1, enable_nested_tensor=False), 2)
+    token, three = torch.zeros(1, 4), torch.zeros(3, 4)
+    seen, tokens = single.step(token)[1], encoder.step(token)[1]
+    still = CoSequential(nn.BatchNorm1d(2, track_running_stats=False)).eval()
+    masks = torch.tensor([True, False]), torch.zeros(3, dtype=torch.bool)
     for error, message, call in [
         (ValueError, "padding must be at most 2 in time, got 3", lambda: CoConv1d(2, 2, 3, padding=3)),
         (ValueError, "padding must be given in numbers", lambda: CoConv1d(2, 2, 3, padding="same")),
@@ -276,6 +301,29 @@ def test_bad_input_is_named():
         (ValueError, r"x must be a frame \(B, 2\), got \(1, 2, 5\)", lambda: conv.step(torch.zeros(1, 2, 5))),
         (ValueError, r"x must be a frame \(B, 2, H, W\)", lambda: CoConv3d(2, 2, 3).step(frame)),
         (ValueError, r"of the stream's shape \(1, 2\)", lambda: conv.step(torch.zeros(3, 2), state)),
+        (ValueError, r"x must be \(B, C, T, ...\), got \(1, 2\)", lambda: conv.forward_steps(frame)),
+        (ValueError, r"of the stream's shape \(1, 2\)", lambda: CoPool(2).step(torch.zeros(3, 2), pool)),
+        (ValueError, r"of the stream's shape \(1, 2\)", lambda: CoDelay(1).step(torch.zeros(3, 2), delay)),
+        (ValueError, r"of the stream's shape \(1, 4\)", lambda: single.step(three, seen)),
+        (ValueError, r"of the stream's shape \(1, 4\)", lambda: encoder.step(three, tokens)),
+        (ValueError, r"x must be a frame \(B, 4\), got \(1, 1\)", lambda: recycle.step(token[:, :1])),
+        (ValueError, r"x must be \(B, 4, T\)", lambda: recycle(torch.zeros(1, 1, 6))),
+        (ValueError, r"x must be a frame \(B, 4\)", lambda: encoder.step(frame)),
+        (ValueError, "with T at least 3", lambda: CoPool(3)(torch.zeros(1, 2, 2))),
+        (ValueError, "state must be .* m up to 1", lambda: retroactive_step(q, q, q, full, window=1)),
+        (ValueError, "state must be", lambda: retroactive_step(*[three[:, None]] * 3, full, window=2)),
+        (TypeError, "x must be of the stream's dtype", lambda: conv.double().step(frame.double(), state)),
+        (TypeError, "x must be of the stream's dtype", lambda: CoPool(2).step(frame.double(), pool)),
+        (TypeError, "x must be of the stream's dtype", lambda: single.double().step(token.double(), seen)),
+        (TypeError, "state must be of the dtype", lambda: retroactive_step(*[q.half()] * 3, full, window=2)),
+        (TypeError, "of one dtype", lambda: retroactive_step(q, q.double(), q, window=2)),
+        (TypeError, "encoder must be an nn.TransformerEncoder", lambda: CoTransformerEncoder(block, 2)),
+        (TypeError, "base must be an nn.Linear", lambda: StructuredPruningAdapter(nn.Conv1d(3, 2, 1))),
+        (TypeError, "rows must be a bool tensor", lambda: adapter.prune(rows=[True, False])),
+        (ValueError, "keeps nothing", lambda: adapter.prune(*masks)),
+        (ValueError, "ceil_mode must be False", lambda: continual(nn.AvgPool1d(3, 2, ceil_mode=True))),
+        (RuntimeError, "running statistics", lambda: still.forward_step(torch.zeros(3, 2))),
+        (ValueError, r"shape must be \(2, H, W\)", lambda: flops_per_step(CoConv3d(2, 2, 3), (2,))),
         (ValueError, "size must be a positive integer", lambda: CoPool(0)),
         (ValueError, "kind must be 'avg' or 'max'", lambda: CoPool(2, kind="sum")),
         (ValueError, "delay must be", lambda: CoDelay(-1)),
@@ -299,3 +347,4 @@ def test_bad_input_is_named():
     ]:
         with pytest.raises(error, match=message):
             call()
+    assert adapter.rows.all()  # one bad mask of two prunes nothing

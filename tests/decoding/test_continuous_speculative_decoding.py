@@ -403,7 +403,30 @@ def test_bad_input_is_named():
             lambda: train_patch_model(torch.zeros(2, 1, 8, 8), labels[:1]),
             "labels must be as many as images, 2",
         ),
-        (lambda: CSpD(model, model, -1), "gamma must be at least 0, got -1"),
+        (lambda: train_patch_model(torch.zeros(2, 1, 8, 8), labels, steps=0), "steps must be at least 1"),
+        (lambda: train_patch_model(torch.zeros(2, 1, 8, 8), labels, batch=1), "batch must be at least 2"),
+        (lambda: PatchModel(length=0), "length must be at least 1, got 0"),
+        (lambda: CSpD(model, model, -1), "gamma must be an integer of at least 0, got -1"),
+        (lambda: CSpD(model, model, 2.5), "gamma must be an integer of at least 0, got 2.5"),
+        (lambda: CSpD(tiny(1).double(), model), "draft must be of the length, width"),
+        (lambda: spec_accept(zero, zero, zero + 1), r"u must be in \[0, 1\)"),
+        (lambda: residual_sample(law, law, zero[:, 0]), "where must be bool"),
+        (lambda: residual_sample(law, law, zero[:, 0] == 0, log_factor=zero), "log_factor must be a number"),
+        (lambda: speculative_step(law, law, x[0]), r"x must be of shape \(B, 1\)"),
+        (lambda: speculative_step(law, law, zero[0]), r"x must be floating, \(B, d\)"),
+        (lambda: speculative_step(law, law, zero, log_ratio=zero), r"log_ratio must be of shape \(2,\)"),
+        (lambda: rule_on_grid(zero, zero, 0.0), "cell must be positive, got 0.0"),
+        (lambda: denoise(head, zero, torch.zeros(3)), r"noises must be \(\.\.\., 3, d\)"),
+        (lambda: replay(head, zero, torch.zeros(2, 4, 1)), r"points must be \(\.\.\., 3, d\)"),
+        (lambda: head.step(zero, 0, zero), r"t must be in 1\.\.2, got 0"),
+        (lambda: model.head.step(torch.zeros(2, 2), 99, zero), "t must be in 1"),
+        (lambda: MixtureHead(zero[0] - 1, zero[0], zero[0]), "weights must be not negative"),
+        (lambda: MixtureHead(zero[0], zero, zero[0]), "weights, means and stds must be of one shape"),
+        (lambda: model(torch.zeros(2, model.length + 1, 2), labels), "tokens must be of shape"),
+        (lambda: model(torch.zeros(2, model.length, 2), labels[:1]), "labels must be of shape"),
+        (lambda: patchify(torch.zeros(1, 1, 8, 8).long()), "images must be floating"),
+        (lambda: patchify(torch.zeros(1, 1, 8, 8), 0), "side must be at least 1"),
+        (lambda: unpatchify(torch.zeros(1, 15, 4)), r"tokens must be of shape \(B, 16, 4\)"),
         (lambda: CSpD(model, model, prefill=1.5), r"prefill must be in \[0, 1\], got 1.5"),
         (lambda: CSpD(model, model, mode="both"), "mode must be one of last, path, replay, got 'both'"),
         (
@@ -412,7 +435,7 @@ def test_bad_input_is_named():
         ),
         (lambda: CSpD(model, model, max_tries=0), "max_tries must be at least 1, got 0"),
         (lambda: CSpD(PatchModel(length=5, width=2, dim=16), model), "draft must be of the length"),
-        (lambda: CSpD(model, model).generate(labels, noises=x), "noises must be of shape"),
+        (lambda: CSpD(model, model).generate(labels, noises=x), "noises must be finite, of shape"),
     ):
         with pytest.raises(ValueError, match=message):
             wrong()
@@ -420,6 +443,11 @@ def test_bad_input_is_named():
         CSpD(model, model).generate(zero)
     exact = CSpD(tiny(1).double(), tiny(0).double(), 2).generate(labels)
     assert exact.tokens.dtype == torch.float64
+    with pytest.raises(TypeError, match=r"labels must be integers \(B,\), got list"):
+        CSpD(model, model).generate([0, 1])
+    edge = torch.tensor([0.0, 1.0, 1.0, 0.0]).log()  # neither law comes to the last point
+    found = rule_on_grid(edge, torch.tensor([1.0, 1.0, 0.0, 0.0]).log(), 0.5)
+    assert found.written.tolist() == [0.0, 1.0, 1.0, 0.0] and found.acceptance == 0.5
     nothing = residual_sample(law, law, zero[:, 0] > 0)
     assert nothing.sample.shape == (2, 1) and not nothing.tries.any()
     stuck = residual_sample(law, law, zero[:, 0] == 0, max_tries=5)

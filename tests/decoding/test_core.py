@@ -8,9 +8,9 @@ from functools import lru_cache
 import pytest
 import torch
 from scipy.stats import chi2
-from torch import Tensor
+from torch import Tensor, nn
 
-from paperbench.decoding.core import Autoregressive, DraftTree, Draws, Proposal, Speculative, TableModel, TokenLaw, TreeSpeculative, best_gamma, check_lossless, early_exit, enumerate_law, exact_law, expected_speedup, expected_tokens, expected_tree_tokens, generate, overlap, rejection_rule, residual
+from paperbench.decoding.core import Autoregressive, DecoderView, DraftTree, Draws, Proposal, Speculative, TableModel, TokenLaw, TreeSpeculative, best_gamma, check_lossless, deeper_cache, early_exit, enumerate_law, exact_law, expected_speedup, expected_tokens, expected_tree_tokens, generate, overlap, rejection_rule, replay_rounds, residual, rounds_figure, run_lengths, slot_step
 from paperbench.models import load
 from paperbench.models.decoder import Decoder
 from paperbench.models.text_gpt import tokenizer
@@ -126,6 +126,56 @@ def test_wrong_rules_are_caught_in_one_step():
         return choice, draws.categorical(residual(p, q[:, 0]), where=choice < 0)
 
     assert (one_step_law(p, q, "independent", same_target_twice) - p).abs().max() > 0.03
+
+
+def test_two_depths_in_turn_are_one_pass_and_a_view_shares_everything():
+    torch.manual_seed(3)
+    model = Decoder(5, dim=8, layers=3, heads=2, hidden=8, kv_heads=1, context=32).double()
+    model.eval().requires_grad_(False)
+    tokens = torch.randint(5, (2, 9), generator=torch.Generator().manual_seed(0))
+    holes = torch.zeros(2, 9, dtype=torch.bool)
+    holes[1, [0, 4, 5]] = True
+    places = torch.tensor([0, 1, 1, 2, 2])  # a tree of drafts behind four tokens
+    tree = torch.eye(5, dtype=torch.bool)
+    tree[1:, 0] = tree[3, 1] = tree[4, 2] = True
+
+    def halves(padding, cuts, **options):
+        """The first layer piece by piece, then the others over all new slots at once."""
+        cache = deeper_cache(model, 2, 4)
+        assert cache.layers == 4 and cache.keys(0).dtype == torch.float64
+        gone = None if padding is None else padding[:, :4]
+        model_cache = model.new_cache(2)
+        model(tokens[:, :4], model_cache, padding=gone)
+        cache.extend(4, gone)
+        for layer in range(3):
+            cache.write(layer, 0, model_cache.keys(layer), model_cache.values(layer))
+        streams = []
+        for a, b in cuts:
+            start = cache.extend(b - a, None if padding is None else padding[:, a:b])
+            step = slot_step(model, cache, start, **options)
+            streams.append(model.blocks[0](model.embed(tokens[:, a:b]), step))
+        x = torch.cat(streams, 1)
+        for block in model.blocks[1:]:
+            x = block(x, slot_step(model, cache, 4, **options))
+        return model.head(x)
+
+    for padding in (None, holes):
+        wanted = model(tokens, padding=padding)[:, 4:]
+        for cuts in ([(4, 9)], [(4, 7), (7, 8), (8, 9)]):
+            gap = (halves(padding, cuts) - wanted).abs()
+            assert gap[~holes[:, 4:]].max() < 1e-12 if padding is not None else gap.max() < 1e-12
+    cache = model.new_cache(2)
+    model(tokens[:, :4], cache)
+    wanted = model(tokens[:, 4:], cache, positions=4 + places, mask=tree)
+    assert (halves(None, [(4, 9)], positions=4 + places, mask=tree) - wanted).abs().max() < 1e-12
+    view = DecoderView(model)
+    assert torch.equal(view(tokens), model(tokens)) and view.embed.weight is model.embed.weight
+    plain = model.generate(tokens, 4, temperature=0).tokens
+    assert torch.equal(generate(view, tokens, Autoregressive(), 4, temperature=0).tokens, plain)
+    with pytest.raises(TypeError, match="model must be a Decoder, got Linear"):
+        DecoderView(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="start must be a slot below 9, got 9"):
+        slot_step(model, cache, 9)
 
 
 @lru_cache(maxsize=None)
@@ -342,6 +392,60 @@ def test_closed_form_is_the_exact_mean_of_a_round():
             expected_tokens(bad, 3)
 
 
+def test_replayed_rounds_are_those_of_decoding():
+    target, draft = tables()
+    prompts = torch.randint(3, (5, 2), generator=seeded(1))
+    text = generate(target, prompts, Autoregressive(), 17, temperature=0).tokens
+    agrees = draft(torch.cat([prompts, text], 1)[:, :-1])[:, 1:].argmax(-1) == text
+    assert 0.1 < agrees.double().mean() < 0.9
+    for most in (0, 1, 4):
+        found = replay_rounds(run_lengths(agrees), torch.full((5, 17), most))
+        real = generate(target, prompts, Speculative(draft, most), 17, temperature=0).counters
+        mine = (found.rounds, found.drafts, found.tokens, found.tokens - found.rounds)
+        for counts, name in zip(mine, ("rounds", "drafted", "tokens", "accepted")):
+            assert torch.equal(counts, real[name]), (most, name)
+        paid = real["rounds"].double() + 0.3 * real["drafted"].double()
+        assert (found.speed(0.3) - 17 / paid).abs().max() < 1e-6
+        assert abs(found.cost(0.3) - paid.sum().item() / 85) < 1e-12
+    flags = torch.rand(7, 30, generator=seeded()) < 0.7
+    runs = run_lengths(flags)
+    slow = [[next((j for j in range(30 - t) if not row[t + j]), 30 - t) for t in range(30)] for row in flags]
+    assert runs.tolist() == slow
+    table = torch.randint(-1, 6, (7, 30), generator=seeded(2))
+    seen = []
+    note = lambda *parts: seen.append(parts)
+    step = lambda at, room: table.gather(1, at.clamp_max(29)[:, None])[:, 0]
+    ways = (replay_rounds(runs, table), replay_rounds(runs, table, note), replay_rounds(runs, step))
+    for found in ways[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(ways[0], found))
+    assert len(seen) == len(ways[0].going) and (ways[0].tokens == 30).all()
+    for row in range(7):  # one row by hand
+        at, rounds = 0, []
+        while at < 30:
+            made = max(0, min(int(table[row, at]), 29 - at))
+            kept = min(slow[row][at], made)
+            rounds, at = [*rounds, (kept, made, at)], at + kept + 1
+        mine = zip(*(x[:, row][ways[0].going[:, row]].tolist() for x in ways[0][:3]))
+        assert list(mine) == rounds
+    for shape in ((0, 4), (3, 0), (0, 0)):
+        none = torch.zeros(shape).long()
+        for way in (none, lambda at, room: at):
+            empty = replay_rounds(run_lengths(none.bool()), way)
+            assert empty.accepted.shape == (0, shape[0]) and math.isnan(empty.cost(0.1))
+    with pytest.raises(TypeError, match="flags must be a bool tensor, got torch.int64"):
+        run_lengths(table)
+    with pytest.raises(TypeError, match="run must be a tensor of integers, got torch.bool"):
+        replay_rounds(flags, table)
+    with pytest.raises(ValueError, match=r"draft must be of shape \(7, 30\)"):
+        replay_rounds(runs, table[:, :3])
+    with pytest.raises(TypeError, match="draft must be a tensor of integers, got list"):
+        replay_rounds(runs, [[1]])
+    with pytest.raises(TypeError, match="what draft returns must be a tensor of integers"):
+        replay_rounds(runs, lambda at, room: at / 2)
+    with pytest.raises(ValueError, match=r"what draft returns must be of shape \(7,\)"):
+        replay_rounds(runs, lambda at, room: at[:1])
+
+
 def fit_to_law(rows: Tensor, law: dict) -> float:
     """p-value of the chi-square test of the law; texts expected less than 5 times are pooled."""
     number = {text: i for i, text in enumerate(law)}
@@ -433,6 +537,37 @@ def test_bad_input_is_named_and_edges_are_defined():
         rejection_rule(
             law, torch.tensor([[0]]), law[:, None], torch.ones(1, 1).bool(), Draws(), torch.tensor([True])
         )
+    one = torch.tensor([1])
+    for wrong, message in (
+        (lambda: generate(target, prompts, plain, 2, stop=1.5), "stop must be in 0..2"),
+        (lambda: target.mixed(TableModel.random(4), 0.5), "other must be a table"),
+        (lambda: target(one), r"tokens must be of shape \(B, N\)"),
+        (lambda: Draws().categorical(torch.ones(1, 2), one), "where must be bool"),
+        (lambda: Draws().bernoulli(torch.ones(1), one), "where must be bool"),
+        (lambda: enumerate_law(lambda draws, rows: torch.zeros(rows + 1)), "run must be with 1 outcomes"),
+        (lambda: DraftTree.chain(-1), "length must be at least 0"),
+        (lambda: DraftTree.chain(2).first(3), "nodes must be in 0..2, got 3"),
+        (lambda: DraftTree.from_paths([(-1,)]), "paths must be ranks of at least 0"),
+        (lambda: Proposal.chain(one, [one], [], [one.bool()]), "one of each for every step"),
+        (lambda: exact_law(target, prompts, 2), "prompt must be 1-D with at least one token"),
+        (lambda: exact_law(target, one, -1), "length must be at least 0"),
+        (lambda: expected_speedup(0.5, 2, math.inf), "cost must be at least 0 and finite"),
+        (lambda: best_gamma(0.5, 0.1, most=-1), "most must be at least 0"),
+        (lambda: expected_tree_tokens(DraftTree.chain(1), [math.nan]), r"chances must be in \[0, 1\]"),
+        (lambda: rounds_figure(generate(target, prompts, plain, 2, record=True), most=0), "most must be"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            wrong()
+    for wrong, message in (
+        (lambda: generate(target, 3, plain, 2), "prompts must be a tensor or a sequence"),
+        (lambda: target(torch.zeros(1, 2)), "tokens must be a tensor of integers"),
+        (lambda: Proposal(one[None], DraftTree.chain(1), None, one[None]), "valid must be bool"),
+        (lambda: exact_law(target, torch.zeros(2), 2), "prompt must be a tensor of integers"),
+        (lambda: early_exit(target, 1), "model must be a Decoder, got TableModel"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            wrong()
+    assert DraftTree([-1, 0]).is_chain and check_lossless(target, one, plain, 0).lossless
     for strategy in (plain, Speculative(draft, 2), TreeSpeculative(draft, (2, 2))):
         for rows, length in ((0, 4), (2, 0), (1, 1)):
             found = generate(target, prompts[:rows], strategy, length, generator=seeded())

@@ -305,6 +305,14 @@ def test_bad_input_is_named():
         (lambda: random_schedule(torch.tensor([1.2]), torch.tensor([2.0]), 3), r"share must be in \[0, 1\]"),
         (lambda: random_schedule(torch.tensor([0.2]), torch.tensor([0.5]), 3), "run must be"),
         (lambda: sweep_tau(big, little, one, (), 3), "taus must be at least one"),
+        (lambda: Switcher(SwitchRule(), 2).update(torch.zeros(1), torch.ones(2).bool()), "value must be of"),
+        (lambda: Switcher(SwitchRule(), 2).update(torch.zeros(2), one[0] > 0), "where must be of shape"),
+        (lambda: EntropyAdaptive(little).trace, "trace must be read after a call"),
+        (lambda: random_schedule(torch.tensor(0.2), torch.tensor(2.0), 3), r"share must be of shape \(B,\)"),
+        (lambda: random_schedule(torch.tensor([0.2]), torch.tensor([2.0]), 0), "length must be at least 1"),
+        (lambda: lazy_reads(one, one[0]), "reads must be bool"),
+        (lambda: expected_cost(1.2, 0.1), r"share must be in \[0, 1\], got 1.2"),
+        (lambda: expected_cost(torch.tensor([0.2]), -0.1), "ratio must be at least 0"),
         (lambda: train_solver(rounds=0), "rounds must be at least 1"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -312,6 +320,10 @@ def test_bad_input_is_named():
     for wrong in (lambda: uncertainty(torch.zeros(3).long()), lambda: SwitchRule(torch.zeros(2).long())):
         with pytest.raises(TypeError, match="floating"):
             wrong()
+    with pytest.raises(TypeError, match="window must be an integer, got 2.5"):
+        SwitchRule(window=2.5)
+    assert sweep_tau(big, little, one, (0.5, 1.0), 0).tokens.shape == (2, 1, 0)
+    assert [x.tolist() for x in lazy_reads(one[:, :0].bool(), one[0])] == [[0], [0]]
     with pytest.raises(FileNotFoundError, match="save_solver"):
         load_solver("nowhere.safetensors")
     for rows, length in ((0, 4), (2, 0), (1, 1)):

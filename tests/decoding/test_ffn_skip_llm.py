@@ -332,12 +332,26 @@ def test_edges_and_bad_input():
         (lambda: match_share(FFNSkip, model, prompts, 1.2), r"share must be in \[0, 1\], got 1.2"),
         (lambda: skipping_loss(model, FFNSkip(0.5), prompts, 3), "protect must be in 0..2, got 3"),
         (lambda: repeat_rate(prompts, 5), "n must be in 1..4, got 5"),
+        (lambda: repeat_rate(prompts[0]), r"tokens must be of shape \(B, N\)"),
+        (lambda: SkippingDecoder(model, FFNSkip(0.5))(prompts[0]), "tokens must be"),
+        (lambda: SkippingDecoder(model, FFNSkip(0.5), torch.zeros(9))(prompts), "protect must be one"),
+        (lambda: SkippingDecoder(model, FFNSkip(0.5))(prompts, model.new_cache(9)), "cache must be for"),
+        (lambda: SkippingDecoder(model, FFNSkip(0.5))(prompts, streams=[]), "streams must be 6 tensors"),
+        (lambda: SkippingDecoder(model, TableSkip(table.expand(9, 3, 5)))(prompts[:, :2]), "table must be"),
+        (lambda: random_skip(0.1, -1, 5), "length must be at least 0"),
+        (lambda: calibrate_cold(model, prompts[:0]), "tokens must be a text"),
+        (lambda: match_share(FFNSkip, model, prompts, 0.2, protect=4), r"protect must be in 0\.\.3, got 4"),
+        (lambda: match_share(FFNSkip, model, prompts, 0.0, low=-2, high=-1), "high must be a threshold that"),
+        (lambda: skipping_loss(model, FFNSkip(0.5), prompts[:, :1], 0), "tokens must be of shape"),
     ):
         with pytest.raises(ValueError, match=message):
             wrong()
     for wrong, message in (
         (lambda: SkippingDecoder(nn.Linear(2, 2), FFNSkip(0.5)), "model must be a Decoder, got Linear"),
         (lambda: SkippingDecoder(model, 0.5), "policy must be a SkipPolicy, got float"),
+        (lambda: TableSkip([[True]]), "feed_forward must be a tensor, got list"),
+        (lambda: TableSkip(None), "feed_forward must be a tensor, got NoneType"),
+        (lambda: repeat_rate(prompts.double()), "tokens must be integers"),
     ):
         with pytest.raises(TypeError, match=message):
             wrong()

@@ -280,6 +280,17 @@ def test_bad_input_is_named_and_edges_are_defined():
         (lambda: relaxed_step(p, q, table, 0.1, "p"), "rejected must be one of shifted, target, released"),
         (lambda: relaxed_step(p, q[:2], table, 0.1), "q must be of the shape of p"),
         (lambda: relaxed_step(p, q, table[:4], 0.1), "neighbors must be 5 rows, got 4"),
+        (lambda: neighbourhood(p, token[:1], table, 0.1), r"token must be int64, of shape \(3,\)"),
+        (lambda: neighbourhood(p, token.double(), table, 0.1), "token must be int64"),
+        (lambda: neighbourhood(p, token, table.roll(1, 0), 0.1), "neighbors must be int64 rows"),
+        (lambda: neighbourhood(p, token, table.double(), 0.1), "neighbors must be int64 rows"),
+        (lambda: relaxed_step(p, q, table[:, [0, 1, 1]], 0.1), "neighbors must be rows of different codes"),
+        (lambda: relaxed_step(p, q, table + 1, 0.1), r"neighbors must be rows of different codes in 0\.\.4"),
+        (lambda: Lantern(TableModel.random(5), 2, neighbors=table[0]), "neighbors must be int64, "),
+        (lambda: relaxed_step(p, q.float(), table, 0.1), "q must be of the dtype of p"),
+        (lambda: lenient_step(p, q, float("inf")), "factor must be at least 1 and finite"),
+        (lambda: cluster_step(p, q, torch.arange(5) - 1), "clusters must be int64 numbers from 0"),
+        (lambda: code_clusters(p[:1], 1), "codebook must be finite"),
         (lambda: lenient_step(p, q, 0.5), "factor must be at least 1"),
         (lambda: code_clusters(p, 9), r"count must be in 1..3, got 9"),
         (lambda: cluster_step(p, q, torch.zeros(4).long()), "clusters must be of shape"),
@@ -293,6 +304,18 @@ def test_bad_input_is_named_and_edges_are_defined():
         (
             lambda: relaxed_rule(p[:1], torch.tensor([[0]]), q[:1, None], yes, Draws(), yes[0], **one),
             "a draft has probability 0 under it",
+        ),
+        (
+            lambda: relaxed_rule(p[:1], torch.tensor([[5]]), law, yes, Draws(), yes[0], **one),
+            r"tokens must be int64, in 0\.\.4",
+        ),
+        (
+            lambda: train_draft(small_prior(1).prior, torch.zeros(3, 9, 9).long(), token),
+            "indices must be int64",
+        ),
+        (
+            lambda: relaxed_rule(p[:1], torch.tensor([[0]]), q[:1], yes, Draws(), yes[0], **one),
+            r"q must be of shape \(1, 1, 5\), or None",
         ),
     ):
         with pytest.raises(ValueError, match=message):

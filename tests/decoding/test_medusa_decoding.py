@@ -332,9 +332,28 @@ def test_bad_input_is_named():
         (lambda: Medusa(heads, tree, acceptance="most"), "acceptance must be 'exact' or 'typical'"),
         (lambda: generate(random_pair(4)[0], one, Medusa(heads, tree), 2), "model must be a Decoder of 3"),
         (lambda: rank_accuracies(model, heads, one.expand(1, 9), 4), r"guesses must be in 1\.\.3"),
+        (lambda: rank_accuracies(model, heads, one.expand(1, 9)[:0], 3), "rows must be at least one"),
+        (lambda: last_hidden(model, one, 0), "batch must be at least 1"),
+        (lambda: future_tokens(one.expand(1, 9), 0), "heads must be at least 1, got 0"),
+        (lambda: medusa_loss(torch.zeros(3), torch.tensor(1)), "logits must be of shape"),
+        (lambda: medusa_loss(torch.zeros(2, 2, 3), torch.full((2, 2), 3)), r"wanted must be in 0\.\.2"),
+        (lambda: random_windows(one, 1, 1), r"tokens must be of shape \(T,\)"),
+        (lambda: self_distil(model, one, 2, batch=0), "batch must be at least 1"),
+        (lambda: train_heads(model, one.expand(1, 9), 2, steps=0), "steps must be at least 1"),
+        (lambda: train_jointly(model, heads, one, places=0), "places must be at least 1"),
+        (lambda: MedusaTree(((0.5,),)), "paths must be integers"),
+        (lambda: best_cartesian(torch.rand(1, 2), -1), "nodes must be at least 0"),
+        (lambda: generate(model.float(), one, Medusa(heads, tree), 2), "heads must be of the model's dtype"),
     ):
         with pytest.raises(ValueError, match=message):
             wrong()
+    model.double()
+    with pytest.raises(TypeError, match="accuracies must be a tensor, got list"):
+        build_tree([[0.5]], 1)
+    impossible = torch.tensor([[0.0, -torch.inf]], dtype=torch.float64, requires_grad=True)
+    loss = medusa_loss(impossible, torch.tensor([[1.0, 0.0]]).double())
+    loss.backward()
+    assert loss == 0 and impossible.grad.isfinite().all()
     with pytest.raises(FileNotFoundError, match="see train_heads"):
         load_heads(model, "nowhere.safetensors")
     with pytest.raises(ValueError, match="backbone must be the one of"):

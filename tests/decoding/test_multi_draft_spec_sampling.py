@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from paperbench.decoding.core import Draws, TableModel, TokenLaw, check_lossless, enumerate_law, overlap, rejection_rule, residual
-from paperbench.decoding.multi_draft_spec_sampling import Importance, MultiDraft, importance_acceptance, importance_rule, importance_weights, kseq_acceptance, kseq_rule, optimal_acceptance, rejection_acceptance, selection_law, transport_program
+from paperbench.decoding.core import Draws, Proposal, TableModel, TokenLaw, check_lossless, enumerate_law, overlap, rejection_rule, residual
+from paperbench.decoding.multi_draft_spec_sampling import Importance, MultiDraft, importance_acceptance, importance_rule, importance_weights, kseq_acceptance, kseq_division, kseq_rule, optimal_acceptance, rejection_acceptance, selection_law, transport_program, walk_chains
 
 
 def some_laws(rows: int, size: int, seed: int = 0, zeros: bool = True) -> tuple[Tensor, Tensor]:
@@ -188,7 +188,20 @@ def test_edges_and_bad_input():
     assert (choice == -1).all() and token.shape == (4,)
     assert not selection_law(importance_weights(p, q[:, None], off[:, :1]), q[:, None], off[:, :1]).any()
     many = q[:, None].expand(-1, 2, -1)
-    model = TableModel.random(3, 1)
+    model, yes, none = TableModel.random(3, 1), ~off[:, 0], Proposal.nothing(p)
+
+    def rule_of(laws: Tensor, token: int = 0) -> tuple:
+        """Arguments of a rule, both drafts of all rows the same token."""
+        return p, torch.full((4, 2), token), laws, ~off, Draws(), yes
+
+    # laws of drafts that are not there, and of rows that do not take part, have no say
+    only, first = torch.tensor([[True, False]]).expand(4, 2), torch.arange(4) == 0
+    laws, target = many.clone(), p.clone()
+    laws[:, 1], laws[1:], target[1:] = math.nan, math.nan, math.nan
+    for rule in (importance_rule, kseq_rule):
+        some = rule(p, off.long(), many, only, Draws(torch.Generator().manual_seed(0)), first)
+        same = rule(target, off.long(), laws, only, Draws(torch.Generator().manual_seed(0)), first)
+        assert torch.equal(some[0][0], same[0][0]) and torch.equal(some[1][0], same[1][0])
     for wrong, message in (
         (lambda: optimal_acceptance(p, q[:, :4], 2), "q must be of the shape of p"),
         (lambda: optimal_acceptance(p, 2 * q, 2), "q must be probabilities"),
@@ -199,7 +212,23 @@ def test_edges_and_bad_input():
         (lambda: importance_rule(p, off.long(), None, ~off, Draws(), ~off[:, 0]), "q must be the laws"),
         (lambda: importance_rule(p, off.long(), many, ~off, Draws(), ~off[:, 0]), "has probability 0"),
         (lambda: transport_program(p[0], q[0].expand(9, -1)), "most must be at least the number of tuples"),
-        (lambda: MultiDraft(model, 0), "drafts must be at least 1, got 0"),
+        (lambda: MultiDraft(model, 0), "drafts must be an integer of at least 1, got 0"),
+        (lambda: MultiDraft(model, 2, 1.5), "length must be an integer of at least 1, got 1.5"),
+        (lambda: optimal_acceptance(p[0, 0], p[0, 0], 1), r"p must be of shape \(\.\.\., V\)"),
+        (lambda: transport_program(2 * p[0], many[0]), "p must be probabilities that sum to one"),
+        (lambda: transport_program(p[0], q[:0]), "drafts must be an integer of at least 1, got 0"),
+        (lambda: importance_weights(-p, many), "p must be probabilities, finite and not negative"),
+        (lambda: importance_weights(p, many * math.nan), "q must be probabilities, finite and not negative"),
+        (lambda: importance_weights(p, many, off.long()), "valid must be bool"),
+        (lambda: selection_law(importance_weights(p, many), q), r"q must be of shape \(4, K, 5\)"),
+        (lambda: kseq_division(p[0], q[0], 2), r"p must be of shape \(B, V\)"),
+        (lambda: kseq_division(p, q, torch.ones(3)), r"drafts must be a number, or of shape \(4,\)"),
+        (lambda: kseq_rule(*rule_of(many + torch.eye(2, 5), token=4)), "q must be one law for all"),
+        (lambda: kseq_rule(*rule_of(many.clone().fill_(0))), "has probability 0"),
+        (lambda: importance_rule(*rule_of(many[:, :1])), r"q must be of shape \(4, 2, 5\)"),
+        (lambda: importance_rule(*rule_of(many, token=5)), r"tokens must be in 0\.\.4"),
+        (lambda: kseq_rule(*rule_of(q)), r"q must be of shape \(4, 2, 5\)"),
+        (lambda: walk_chains(none, p[:, None].expand(-1, 2, -1), Draws(), yes), "probs must be of shape"),
     ):
         with pytest.raises(ValueError, match=message):
             wrong()

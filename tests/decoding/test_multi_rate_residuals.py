@@ -12,9 +12,10 @@ from torch import Tensor
 
 from paperbench.decoding.core import Speculative, check_lossless, early_exit, expected_speedup, generate, rejection_rule
 from paperbench.decoding.kangaroo_double_exit import DraftTable, Kangaroo, decoding_cost, draft_table, replay, speedup
-from paperbench.decoding.multi_rate_residuals import AcceleratorStream, ExitRouter, Frontier, Lesson, MultiRateModel, Teacher, alignment, exit_costs, exit_examples, exit_frontier, expert_goal, expert_scores, expert_traffic, head_ranks, load_parts, save_parts, slow_pass, train_router, train_streams, word_goal
+from paperbench.decoding.multi_rate_residuals import AcceleratorStream, ExitRouter, Frontier, Lesson, LightBlock, MultiRateModel, Teacher, alignment, exit_costs, exit_examples, exit_frontier, expert_goal, expert_scores, expert_traffic, first_exit, head_ranks, load_parts, save_parts, slow_pass, train_router, train_streams, word_goal
 from paperbench.models import load
-from paperbench.models.decoder import Decoder
+from paperbench.models.core import weights_folder
+from paperbench.models.decoder import Decoder, KVCache
 from paperbench.models.text_gpt import corpus_tokens
 
 
@@ -393,6 +394,7 @@ def test_files_and_bad_input(tmp_path=None):
         made = {"a": model.stream.float(), "b": ExitRouter(8, 2, 4, past=False)}
         save_parts(made, path, {"steps": 1})
         again, recipe = load_parts(path)
+        assert load_parts(str(path))[1] == recipe
     assert recipe == {"steps": 1} and again["a"].ranks == (2, 3) and not again["b"].past
     for name in made:
         pairs = zip(made[name].state_dict().values(), again[name].state_dict().values(), strict=True)
@@ -401,14 +403,18 @@ def test_files_and_bad_input(tmp_path=None):
     target, row = model.slow, torch.zeros(40, dtype=torch.long)
     stream = AcceleratorStream.of(target, (2, 2))
     one = torch.zeros(2, 1, 1, dtype=torch.long)
+    slow, router = slow_pass(target, row[None, :5]), ExitRouter(8, 3)
+    single, other = AcceleratorStream(8, 4, (1,), 2), weights_folder() / "nmst_end_rows.safetensors"
+    free = Decoder(3, dim=8, layers=3, heads=4, hidden=12, kv_heads=2)
+    lesson = [Lesson(AcceleratorStream.of(free, (2, 2)), (2,), expert_goal(1))]
     for wrong, message in (
         (lambda: AcceleratorStream(10, 4, (1,)), "heads must be a divisor of dim=10"),
         (lambda: AcceleratorStream(8, 2, (1, -1)), "ranks must be numbers of at least 0"),
         (lambda: AcceleratorStream.of(target, (1,) * 4), "ranks must be at most 3 numbers"),
         (lambda: MultiRateModel(target, stream, 3), r"exit_layer must be in 1..2, got 3"),
         (lambda: MultiRateModel(target, AcceleratorStream(16, 2, (1,)), 1), "stream must be of the sizes"),
-        (lambda: word_goal(0), "rate must be at least 1, got 0"),
-        (lambda: expert_goal(0), "lead must be at least 1, got 0"),
+        (lambda: word_goal(0), "rate must be an integer of at least 1, got 0"),
+        (lambda: expert_goal(0), "lead must be an integer of at least 1, got 0"),
         (
             lambda: train_streams(target, [Lesson(stream, (3,), word_goal(2))], row),
             r"exits must be depths in 1..2",
@@ -418,6 +424,28 @@ def test_files_and_bad_input(tmp_path=None):
             lambda: train_streams(target, [], row, context=8, places=9),
             r"places must be in 1..context=8, got 9",
         ),
+        (lambda: tiny().check_layers(KVCache(4, 1, 2, 2)), "cache must be one of `new_cache`, over 3"),
+        (lambda: AcceleratorStream(8, 2, (1.5,)), "ranks must be numbers of at least 0, whole"),
+        (lambda: LightBlock(8, 2, 2, 0), "rank must be at least 1, got 0"),
+        (lambda: MultiRateModel(target, single, 1), "stream must be of the target's dtype"),
+        (lambda: save_parts({"a/b": stream}, Path("x"), {}), "parts must be named without"),
+        (lambda: load_parts(other), "name must be a file that save_parts wrote"),
+        (lambda: stream(slow, torch.tensor([-1])), r"places must be \(M,\) in 0..4"),
+        (lambda: stream(slow, torch.tensor([0, 5])), r"places must be \(M,\) in 0..4"),
+        (lambda: stream(slow, depth=4), "depth must be in 0..3"),
+        (lambda: AcceleratorStream(16, 4, (1,)).double()(slow), "slow must be a pass of width 16"),
+        (lambda: slow_pass(target, one), r"tokens must be \(B, N\)"),
+        (lambda: word_goal(1.5), "rate must be an integer"),
+        (lambda: expert_scores(target, slow.states[0], 0), "layer must be in 1..3"),
+        (lambda: expert_scores(target, slow.states[0], 1), "target must be a decoder with experts"),
+        (lambda: train_streams(free, lesson, row, context=8, places=4), "target must be a decoder with"),
+        (lambda: train_streams(target, [], row, context=8, places=4), "lessons must be streams with"),
+        (lambda: router(torch.zeros(7, 1, 8)), r"fast must be \(..., 3, 8\), got \(7, 1, 8\)"),
+        (lambda: train_router(router, torch.zeros(4, 3, 8), one.expand(2, 2, 3)[0] > 0), "right must be"),
+        (lambda: first_exit(torch.zeros(3), 0.5), r"scores must be \(T, K\)"),
+        (lambda: exit_frontier(one[:0, 0], one[:0, 0] > 0, row[:2], row[:1]), "scores and thresholds must"),
+        (lambda: exit_examples(target, stream, row), r"tokens must be \(T,\), T >= 256"),
+        (lambda: head_ranks(0, 4), "exit_layer must be at least 1"),
         (lambda: ExitRouter(8, 0), "dim, exits, latent must be at least 1"),
         (lambda: train_router(ExitRouter(8, 2), torch.zeros(3, 2, 8), one), "right must be of shape"),
         (lambda: exit_costs(target, [1], (3,)), r"tested must be increasing depths in 1..2"),
@@ -429,6 +457,15 @@ def test_files_and_bad_input(tmp_path=None):
         (lambda: expert_traffic(one, one, load_time=-1.0), "load_time, attention must be"),
     ):
         with pytest.raises(ValueError, match=message):
+            wrong()
+    assert all(p.requires_grad for p in free.parameters())  # also after a lesson that failed
+    for wrong in (
+        lambda: stream(slow, torch.tensor([0.5])),
+        lambda: slow_pass(target, row[None].float()),
+        lambda: train_streams(target, lesson, row.float()),
+        lambda: alignment(one, one),
+    ):
+        with pytest.raises(TypeError, match="must be a tensor of integers|must be floating"):
             wrong()
     with pytest.raises(FileNotFoundError, match="shipped parts"):
         load_parts("nothing")

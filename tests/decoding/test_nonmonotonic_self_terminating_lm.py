@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from paperbench.decoding.core import Autoregressive, Speculative, TableModel, TokenLaw, check_lossless, generate
-from paperbench.decoding.nonmonotonic_self_terminating_lm import EndRow, FORMS, NMST, ST, SelfTerminating, VA, beam_search, chain_survival, complete, docstrings, end_nats, end_threshold, forced_from, load_rows, log_floor, log_survival_bound, read_texts
+from paperbench.decoding.nonmonotonic_self_terminating_lm import EndData, EndRow, FORMS, NMST, ST, SelfTerminating, VA, beam_search, chain_survival, complete, docstrings, end_nats, end_threshold, forced_from, load_rows, log_floor, log_survival_bound, read_texts, train_end_row
 from paperbench.models import load
 from paperbench.models.text_gpt import tokenizer
 
@@ -44,6 +44,18 @@ def test_forms_follow_the_definitions():
         first, carry = SelfTerminating(trunk, end, form).law(logits[:, :4], t[:4])
         second, _ = SelfTerminating(trunk, end, form).law(logits[:, 4:], t[4:], carry)
         assert (torch.cat([first, second], 1) - found).abs().max() < 1e-12
+
+
+def test_a_model_that_must_end_ends():
+    law = torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.0, 1.0], [0.5, 0.5, 0.0]], dtype=torch.float64)
+    trunk = TableModel(torch.cat([law, law[-1:]])[None])  # behind token 1 nothing but the end is possible
+    for form in (VA(), ST(0.1), NMST(0.1)):
+        model = SelfTerminating(trunk, 2, form)
+        assert model(torch.tensor([[2, 0, 1]])).exp()[0, 2].tolist() == [0, 0, 1], form
+        found = complete(model, torch.tensor([[2, 1]]), 5)
+        assert found.lengths.tolist() == [1] and found.ended.all()
+    alive = chain_survival(law.log(), VA(), 2, 2, TokenLaw(), 3)
+    assert torch.allclose(alive, torch.tensor([1, 1, 0.5, 0.25], dtype=torch.float64))
 
 
 def test_far_places_and_extreme_logits():
@@ -248,6 +260,8 @@ def test_shipped_rows_know_where_texts_end():
 def test_bad_input_is_named():
     trunk = TableModel.random(3, 1)
     model, one = SelfTerminating(trunk, 2, NMST(0.1)), torch.ones(1, 1)
+    two, none = torch.ones(2, 2).long(), torch.zeros(3, dtype=torch.bool)
+    data = EndData(one[0].expand(3, 1), one[0], torch.arange(1, 4), torch.zeros(3).long(), none, one[0])
     for wrong, message in (
         (lambda: NMST(1.0), r"eps must be in \[0, 1\), got 1.0"),
         (lambda: ST(-0.1), "eps must be in"),
@@ -266,10 +280,23 @@ def test_bad_input_is_named():
         (lambda: chain_survival(one, ST(0.1), 0, 0, TokenLaw(), 3), "form must be VA or NMST"),
         (lambda: chain_survival(one, VA(), 1, 0, TokenLaw(), 3), "end, start must be in"),
         (lambda: docstrings("all"), "split must be one of"),
+        (lambda: model.law(one, torch.ones(1)), r"logits must be \(B, N, V\)"),
+        (lambda: model(two, trunk.new_cache(3)), "cache must be for 2 rows, got 3"),
+        (lambda: model(two, padding=two[:, :1] > 0), r"padding must be bool, \(2, 2\)"),
+        (lambda: model(two, padding=two.float()), r"padding must be bool, \(2, 2\)"),
+        (lambda: read_texts(load("text_gpt"), [], 0), "texts must be at least one"),
+        (lambda: data.of([0, 0]), "texts must be different numbers in 0..0"),
+        (lambda: data.of([-1]), "texts must be different numbers in 0..0"),
+        (lambda: train_end_row(data, VA()), "data.ends must be true somewhere"),
+        (lambda: EndRow(load("text_gpt"), -1, torch.zeros(257)), "end must be in 0..2047, got -1"),
         (lambda: EndRow(load("text_gpt"), 0, one[0]), "row must be of shape"),
     ):
         with pytest.raises(ValueError, match=message):
             wrong()
+    for wrong in (model, lambda p: complete(model, p, 3), lambda p: beam_search(model, p[0], 3)):
+        with pytest.raises(TypeError, match="must be a tensor of integers, got torch.float32"):
+            wrong(one)
+    assert log_survival_bound(10, 0.1) == log_survival_bound(torch.tensor(10), 0.1)
     with pytest.raises(FileNotFoundError, match="save_rows"):
         load_rows("nowhere.safetensors")
     assert complete(model, torch.zeros(0, 1, dtype=torch.int64), 3).tokens.shape[0] == 0

@@ -324,6 +324,12 @@ def test_cuts_can_be_undone_and_have_their_chances():
         last = (row == MID).nonzero()[0, 0] + (row[(row == MID).nonzero()[0, 0] :] == EOT).nonzero()[0, 0]
         assert weight[: asked + 1].sum() == 0 and weight[last + 1 :].sum() == 0
         assert weight[asked + 1 : last + 1].all()
+    tasks = make_tasks(5, generator=seeded(1))
+    rows, weights = training_rows(tasks, FIMTransform(1.0, "SPM"), 96, seeded(2))
+    for task, row, weight in zip(tasks, rows, weights):
+        given, at = encode(task.words), int((row == MID).nonzero()[0, 0]) + 1
+        assert torch.equal(row[at : at + len(given)], given) and not weight[at : at + len(given)].any()
+        assert weight[0] == 0 and weight[1:at].all() and weight[at + len(given)] == 1
 
 
 def test_loop_returns_what_is_known():
@@ -438,6 +444,11 @@ def test_bad_input_is_named():
     task = torch.tensor([4])
     for wrong, message in (
         (lambda: encode(["q"]), "words must be words of VOCABULARY, got 'q'"),
+        (lambda: decode([-1]), r"tokens must be in 0\.\.26, got \[-1\]"),
+        (lambda: decode(torch.tensor([4, 27])), r"tokens must be in 0\.\.26"),
+        (lambda: run_program(["return", "a", "\n"], {"x": 1}), "inputs must be values of x, y, z"),
+        (lambda: run_program("a = 12 \n return a \n".split(" "), dict(x=1, y=2, z=3)), "'12' has no value"),
+        (lambda: make_tasks(1)[0].solution([1, 1]), "order must be a permutation"),
         (lambda: make_tasks(-1), "count must be at least 0"),
         (lambda: make_tasks(1, split="all"), "split must be 'train', 'valid' or 'test'"),
         (lambda: make_tasks(1, most=1), "least and most must be 2 <= least <= most"),
@@ -450,13 +461,25 @@ def test_bad_input_is_named():
         (lambda: FillMachine(SMALL, (5,), 7), "vocabulary must be above 7, got 7"),
         (lambda: FillMachine(SMALL, (3,), 8), "suffix_prompt must be without sentinels"),
         (lambda: FillMachine(SMALL, (5, 6), 8), "suffix_prompt must be a beginning that does not finish"),
+        (lambda: FillMachine(SMALL, (5,), 8).read(task[None], task), "lengths must be for tokens"),
+        (lambda: FillMachine(SMALL, (5,), 8).read(task[None] + 4, task - 3), r"tokens must be in 0\.\.7"),
         (lambda: SelfInfill(SMALL, (5,), -0.1), "tau must be at least 0, got -0.1"),
+        (lambda: SelfInfill(SMALL, (5,), torch.ones(2, 2)), "tau must be a number, or of shape"),
+        (
+            lambda: generate(model, [task] * 2, SelfInfill(SMALL, (5,), torch.ones(3)), 4),
+            r"tau must be a number, or of shape \(2,\), got \(3,\)",
+        ),
+        (lambda: loop_decode(model, [task], SMALL, (5,), -4), "length must be at least 0, got -4"),
         (lambda: loop_decode(model, [task], SMALL, (5,), 4, loops=-1), "loops must be at least 0"),
         (lambda: loop_decode(model, [task], SMALL, (5,), 4, split="third"), "split must be 'vanilla'"),
+        (lambda: loop_decode(model, [], SMALL, (5,), 4, loops=0, split="third"), "split must be 'vanilla'"),
         (lambda: best_of(model, [task], SMALL, (5,), 4, 0), "n must be at least 1, got 0"),
         (lambda: last_place(task, ()), "pattern must be at least one token"),
     ):
         with pytest.raises(ValueError, match=message):
             wrong()
+    endless = TableModel(torch.tensor([[0, 0, 0, 0, 0.5, 0.5, 0, 0]]).double(), context=12)
+    options = dict(loops=3, split="half", tau=0.0, generator=seeded())  # the suffix outgrows the context
+    assert loop_decode(endless, [task], SMALL, (5,), 20, **options).texts[0].shape == (11,)
     with pytest.raises(FileNotFoundError, match="a file that save_infiller wrote"):
         load_infiller("nowhere.safetensors")

@@ -191,8 +191,8 @@ def test_replay_counts_the_passes_of_a_real_decoding():
             strategy = Speculative(SkippableDecoder(model, skip), most)
             counters = generate(model, prompts, strategy, 25, temperature=0).counters
             found = replay(agrees, confidence, most)
-            assert found.rounds == int(counters["target_passes"].sum())
-            assert found.drafts == int(counters["draft_passes"].sum()) and found.tokens == 300
+            assert torch.equal(found.rounds, counters["target_passes"])
+            assert torch.equal(found.drafts, counters["draft_passes"]) and found.tokens.sum() == 300
     agrees, confidence = draft_agreement(model, (), texts, 6)
     assert agrees.all()
     given = model.new_cache(12, 40)
@@ -200,10 +200,11 @@ def test_replay_counts_the_passes_of_a_real_decoding():
     level = float(confidence.median()) + 1e-6
     found = generate(model, prompts, SelfSpeculative((), 4, exit=level), 25, temperature=0, cache=given)
     wanted = replay(agrees, confidence, 4, level)
-    assert wanted.rounds == int(found.counters["target_passes"].sum()) > 60
-    assert wanted.drafts == int(found.counters["draft_passes"].sum())
+    assert torch.equal(wanted.rounds, found.counters["target_passes"]) and wanted.rounds.sum() > 60
+    assert torch.equal(wanted.drafts, found.counters["draft_passes"])
     share = pass_cost(model, SKIP)
-    assert abs(wanted.cost(share) - (wanted.rounds + share * wanted.drafts) / 300) < 1e-12
+    paid = int(wanted.rounds.sum()) + share * int(wanted.drafts.sum())
+    assert abs(wanted.cost(share) - paid / 300) < 1e-12
     mean = (cost_per_token(found, share) * found.lengths).sum() / 300
     assert abs(mean - wanted.cost(share)) < 1e-12
 
@@ -317,7 +318,10 @@ def test_edges_and_bad_input():
         generate(table, prompts, strategy, 3)
     single = copy.deepcopy(model).float()
     assert generate(single, prompts, strategy, 5, generator=seeded()).tokens.shape == (2, 5)
-    texts = torch.zeros(2, 5, dtype=torch.long)
+    texts, controller = torch.zeros(2, 5, dtype=torch.long), AdaptiveThreshold()
+    bits = texts.double()
+    with pytest.raises(TypeError, match="model must be a Decoder, got TableModel"):
+        sublayers(table)
     for wrong, message in (
         (lambda: SkippableDecoder(model, {("attention", 3)}), "skip must be pairs of"),
         (lambda: SkippableDecoder(model, {("mlp", 0)}), "skip must be pairs of"),
@@ -329,6 +333,14 @@ def test_edges_and_bad_input():
         (lambda: AdaptiveThreshold(memory=1.0), r"memory must be in \[0, 1\)"),
         (lambda: AdaptiveThreshold(smoothing=-1.0), r"smoothing must be in \[0, 1\)"),
         (lambda: draft_agreement(model, SKIP, texts, 5), "start must be in 1..4, got 5"),
+        (lambda: draft_agreement(model, SKIP, texts[0], 1), r"texts must be of shape \(B, N\)"),
+        (lambda: replay(texts.bool(), texts[:, :2], 3), r"agrees, confidence must be both \(B, T\)"),
+        (lambda: replay(texts.bool(), texts, -1), "most must be at least 0, got -1"),
+        (lambda: replay(texts.bool(), texts, 1, math.nan), "threshold must be a number, got nan"),
+        (lambda: controller.update(controller.initial(2), *texts[:, :1], 4), "accepted must be of shape"),
+        (lambda: gaussian_process(bits, bits[:, 0], bits, 0.0), "scale must be positive"),
+        (lambda: gaussian_process(bits, bits, bits, 1.0), "known, values, asked must be"),
+        (lambda: search_skip_set(lambda skip: math.nan, [("attention", 0)]), "objective must be finite"),
         (lambda: search_skip_set(len, [("attention", 0)], "bo"), "method must be 'gp_bo'"),
         (lambda: search_skip_set(len, [("attention", 0)] * 2), "candidates must be different"),
         (lambda: search_skip_set(len, []), "candidates must be different"),
