@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .core import check_sizes, softmax_weights
+from .core import check_qkv, check_sizes, softmax_weights
 from .finch_kv_compression import rerotate_keys, select_top
 from ..models.core import record, weights_folder
 from ..models.decoder import Decoder, Generation, KVCache, next_token_log_probs
@@ -42,6 +42,18 @@ FIRST_LAST = FIRST_FIRST + FIRST_NAMES
 VOCABULARY = FIRST_LAST + LAST_NAMES
 FACTS = 4  # of every person
 REFERENCE_LENGTH = 32
+
+
+def _check_tokens(name: str, tokens: Tensor, vocabulary: int) -> None:
+    """Raise unless `tokens` are integers of the vocabulary, (B, n)."""
+    if tokens.dtype not in (torch.uint8, torch.int16, torch.int32, torch.int64):
+        raise TypeError(f"{name} must be integers, got {tokens.dtype}")
+    if tokens.ndim != 2:
+        raise ValueError(f"{name} must be (B, n), got {tuple(tokens.shape)}")
+    if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocabulary:
+        raise ValueError(
+            f"{name} must lie in 0..{vocabulary - 1}, got {int(tokens.min())}..{int(tokens.max())}"
+        )
 
 
 @dataclass(frozen=True)
@@ -117,8 +129,16 @@ def sentences(
         Tokens, int64, (B, 7 S + number of True), and bool of that shape, True on the values.
 
     Raises:
-        ValueError: rows differ in the number of forms.
+        TypeError: `of_form` is not bool.
+        ValueError: shapes differ, or rows differ in the number of forms.
     """
+    if of_form.dtype != torch.bool:
+        raise TypeError(f"of_form must be bool, got {of_form.dtype}")
+    for name, x in (("first", first), ("last", last), ("relation", relation), ("value", value)):
+        if of_form.ndim != 2 or x.shape != of_form.shape:
+            raise ValueError(
+                f"{name} must be (B, S) like of_form, {tuple(of_form.shape)}, got {tuple(x.shape)}"
+            )
     if len(of_form) and (of_form.sum(1) != of_form[0].sum()).any():
         raise ValueError(f"of_form must have equally many True in all rows, got {of_form.sum(1).tolist()}")
 
@@ -129,8 +149,8 @@ def sentences(
     long = [word(THE), relation, word(OF), first, last, word(IS), value, word(STOP)]
     tokens = torch.where(of_form[..., None], torch.stack(long, -1), torch.stack(short, -1)).flatten(1)
     place = torch.where(of_form, 6, 5)[..., None] == torch.arange(8, device=of_form.device)
-    said = tokens >= 0
-    return tokens[said].view(len(tokens), -1), place.flatten(1)[said].view(len(tokens), -1)
+    said, shape = tokens >= 0, (len(tokens), 7 * of_form.shape[1] + int(of_form[:1].sum()))
+    return tokens[said].view(shape), place.flatten(1)[said].view(shape)
 
 
 def _half(batch: int, count: int, generator: torch.Generator | None) -> Tensor:
@@ -190,7 +210,11 @@ def words(tokens: Tensor) -> list[str]:
 
     Returns:
         One word a token.
+
+    Raises:
+        TypeError, ValueError: the tokens are no integers of the vocabulary.
     """
+    _check_tokens("tokens[None]", tokens[None], VOCABULARY)
 
     def word(t: int) -> str:
         if t < FIRST_RELATION:
@@ -205,7 +229,14 @@ def words(tokens: Tensor) -> list[str]:
     return [word(t) for t in tokens.tolist()]
 
 # %% ../../nbs/attention/memory3_explicit.ipynb #c471aece
-def received_attention(q: Tensor, k: Tensor, *, kv_heads: int, judge: str = "bare") -> Tensor:
+def _check_judge(judge: str) -> None:
+    if judge not in ("causal", "bare"):
+        raise ValueError(f"judge must be 'causal' or 'bare', got {judge!r}")
+
+
+def received_attention(
+    q: Tensor, k: Tensor, *, kv_heads: int, judge: str = "bare", base: float = 10_000.0
+) -> Tensor:
     """Attention that every token of a reference receives from the others.
 
     Args:
@@ -213,22 +244,28 @@ def received_attention(q: Tensor, k: Tensor, *, kv_heads: int, judge: str = "bar
         k: rotated keys, (R, H, n, D), shared key heads repeated.
         kv_heads: key heads, G, which divide H.
         judge: "causal" for the weights that the model computes, "bare" for those without mask and positions.
+        base: of the model's rotary angles, which "bare" turns back; `Decoder.base`.
 
     Returns:
         (R, G, n), float32 for half inputs; -1 for the first token, which is `<s>`.
 
     Raises:
-        ValueError: unknown judge, or heads that do not divide.
+        TypeError, ValueError: see `check_qkv`; unknown judge, heads that do not divide, other lengths, or a
+            base that is not positive.
 
     Source: Yang et al. 2024 (arXiv:2407.01178), the section on sparsification.
     """
-    if judge not in ("causal", "bare"):
-        raise ValueError(f"judge must be 'causal' or 'bare', got {judge!r}")
+    _check_judge(judge)
+    check_qkv(q, k, k)
+    if q.shape[2] != k.shape[2]:
+        raise ValueError(f"k must have as many tokens as q, {q.shape[2]}, got {k.shape[2]}")
     if kv_heads < 1 or q.shape[1] % kv_heads:
         raise ValueError(f"kv_heads must divide the {q.shape[1]} heads of q, got {kv_heads}")
+    if not base > 0:
+        raise ValueError(f"base must be positive, got {base}")
     if judge == "bare":
         place = torch.arange(q.shape[2], device=q.device)
-        q, k = (rerotate_keys(x, place, torch.zeros_like(place)) for x in (q, k))
+        q, k = (rerotate_keys(x, place, torch.zeros_like(place), base) for x in (q, k))
     weights = softmax_weights(q, k, causal=judge == "causal")
     diagonal = torch.eye(q.shape[2], dtype=torch.bool, device=q.device)
     scores = weights.masked_fill(diagonal, 0.0).sum(2).unflatten(1, (kv_heads, -1)).sum(2)
@@ -295,7 +332,8 @@ class MemoryWriter:
         judge: see `received_attention`.
 
     Raises:
-        ValueError: layers are not increasing numbers of layers, or `k_tokens` is not positive.
+        ValueError: layers are not increasing numbers of layers, `k_tokens` is not positive, or the judge is
+            unknown.
     """
 
     model: Decoder
@@ -305,6 +343,8 @@ class MemoryWriter:
 
     def __post_init__(self) -> None:
         check_sizes(k_tokens=self.k_tokens)
+        _check_judge(self.judge)
+        object.__setattr__(self, "layers", tuple(self.layers))
         last = len(self.model.blocks) - 1
         if list(self.layers) != sorted(set(self.layers)) or not set(self.layers) <= set(range(last + 1)):
             raise ValueError(f"layers must be increasing numbers in 0..{last}, got {self.layers}")
@@ -342,7 +382,7 @@ class MemoryWriter:
         keys, values, kept, gates = [], [], [], []
         for name in names:
             q, k, v = tape[name][-1][0][:3]
-            scores = received_attention(q, k, kv_heads=model.kv_heads, judge=self.judge)
+            scores = received_attention(q, k, kv_heads=model.kv_heads, judge=self.judge, base=model.base)
             if soft:
                 best = scores.detach().topk(self.k_tokens + 1, dim=-1).values.clamp_min(1e-6).log()
                 middle = best[..., -2:].mean(-1, keepdim=True)
@@ -438,7 +478,7 @@ def reading(model: Decoder, memory: ExplicitMemory, rows: Tensor) -> Iterator[De
         The decoder.
 
     Raises:
-        ValueError: a number is out of range.
+        ValueError: a number is out of range, or the memory does not fit the decoder.
         TypeError: `rows` does not hold integers.
     """
     if rows.dtype != torch.int64 or rows.ndim != 2:
@@ -446,12 +486,18 @@ def reading(model: Decoder, memory: ExplicitMemory, rows: Tensor) -> Iterator[De
     count = memory.keys.shape[1]
     if rows.numel() and not -1 <= int(rows.min()) <= int(rows.max()) < count:
         raise ValueError(f"rows must lie in -1..{count - 1}, got {int(rows.min())}..{int(rows.max())}")
+    layers, sizes = len(model.blocks), (model.kv_heads, model.width)
+    if any(layer >= layers for layer in memory.layers) or (*memory.keys.shape[2::2],) != sizes:
+        raise ValueError(
+            f"memory must be of layers below {layers}, with (key heads, width) = {sizes}, got "
+            f"layers {memory.layers} with {(*memory.keys.shape[2::2],)}"
+        )
     valid = (rows >= 0).repeat_interleave(memory.keys.shape[3], 1)
-    index, before = rows.clamp_min(0), {}
+    index, before, dtype = rows.clamp_min(0), {}, model.embed.weight.dtype
     for number, layer in enumerate(memory.layers):
         name = f"blocks.{layer}.attention.core"
         parts = (x[number].index_select(0, index.flatten()) for x in (memory.keys, memory.values))
-        k, v = (x.unflatten(0, index.shape).transpose(1, 2).flatten(2, 3) for x in parts)
+        k, v = (x.unflatten(0, index.shape).transpose(1, 2).flatten(2, 3).to(dtype) for x in parts)
         gates = memory.log_gates
         if gates is not None:
             gates = gates[number].index_select(0, index.flatten())
@@ -492,8 +538,11 @@ def memory_logits(model: Decoder, tokens: Tensor, memory: ExplicitMemory, rows: 
 
     Returns:
         (B, N, V); gradients flow into model and memory.
+
+    Raises:
+        TypeError, ValueError: bad tokens, see `Decoder.prepare`; or see `reading`.
     """
-    positions = memory.length + torch.arange(tokens.shape[1], device=tokens.device)
+    positions = memory.length + torch.arange(tokens.shape[-1], device=tokens.device)
     with reading(model, memory, rows):
         return model(tokens, positions=positions)
 
@@ -520,15 +569,21 @@ class ChunkEmbedder:
 
         Returns:
             The embedder; weight log((1 + R) / (1 + texts with the token)).
+
+        Raises:
+            TypeError: the texts are no integers.
+            ValueError: a size is not positive, or the texts are not (R, n) tokens of the vocabulary.
         """
         check_sizes(vocabulary=vocabulary, width=width)
+        _check_tokens("texts", texts, vocabulary)
         present = torch.zeros(len(texts), vocabulary).scatter_(1, texts.long(), 1.0)
         weight = ((1 + len(texts)) / (1 + present.sum(0))).log()
         drawn = torch.randn(vocabulary, width, generator=torch.Generator().manual_seed(seed))
         return cls(drawn * weight[:, None] / width**0.5)
 
     def __call__(self, chunks: Tensor) -> Tensor:
-        """Embed chunks: integers (B, n) to unit vectors (B, E)."""
+        """Embed chunks: integers (B, n) to unit vectors (B, E); zero where no token has weight."""
+        _check_tokens("chunks", chunks, len(self.vectors))
         return F.normalize(self.vectors[chunks.long()].sum(-2), dim=-1)
 
 
@@ -562,12 +617,16 @@ class ExplicitMemoryBank:
             sources: int64, (R,); None to count on from the largest source of the bank.
 
         Raises:
+            TypeError: the sources are not int64.
             ValueError: sizes differ, the memory has other layers, tokens or lengths than the bank, or gates.
         """
         if memory.log_gates is not None:
             raise ValueError("memory must have log_gates None; gates are for training")
         first = int(self.sources.max()) + 1 if len(self) else 0
         sources = torch.arange(first, first + len(references)) if sources is None else sources
+        if not isinstance(sources, Tensor) or sources.dtype != torch.int64:
+            kind = getattr(sources, "dtype", type(sources).__name__)
+            raise TypeError(f"sources must be an int64 tensor or None, got {kind}")
         if not len(references) == len(sources) == memory.keys.shape[1]:
             raise ValueError(
                 f"memory, references and sources must be equally many, got {memory.keys.shape[1]}, "
@@ -599,15 +658,17 @@ class ExplicitMemoryBank:
             Numbers of references, int64, (B, m), best first, -1 where nothing is left; and their similarity.
 
         Raises:
-            ValueError: `top` is not positive, or `exclude` has another length.
+            ValueError: `top` is not positive, or `exclude` has another length or dtype.
         """
         check_sizes(top=top)
+        if exclude is not None and (exclude.shape != (len(queries),) or exclude.dtype != torch.int64):
+            raise ValueError(
+                f"exclude must be int64, ({len(queries)},), got {exclude.dtype} {tuple(exclude.shape)}"
+            )
         if not len(self):
             return torch.zeros(len(queries), 0, dtype=torch.int64), torch.zeros(len(queries), 0)
         near = self.embedder(queries) @ self.embeddings.T
         if exclude is not None:
-            if exclude.shape != (len(queries),):
-                raise ValueError(f"exclude must be ({len(queries)},), got {tuple(exclude.shape)}")
             near = near.masked_fill(exclude[:, None] == self.sources, -math.inf)
         value, index = near.topk(min(top, len(self)), dim=1)
         return index.masked_fill(value == -math.inf, -1), value
@@ -643,12 +704,15 @@ def generate_with_memory(
         A `Generation` with L = `length`, and the references that were read, int64, (B, m), for each search.
 
     Raises:
-        ValueError: the prompts are empty, the bank is, or a size is not positive.
+        TypeError: the prompts are no integers.
+        ValueError: the prompts are empty or not of the vocabulary, the bank is empty, or a setting is out of
+            its range.
     """
     check_sizes(length=length, every=every, top=top)
     if prompts.ndim != 2 or prompts.shape[1] == 0:
         raise ValueError(f"prompts must be (B, N) with at least one token, got {tuple(prompts.shape)}")
-    if bank.memory is None:
+    _check_tokens("prompts", prompts, model.vocabulary)
+    if bank.memory is None or not len(bank):
         raise ValueError("bank must hold at least one reference")
     (batch, start), text = prompts.shape, prompts.long()
     cache = start_cache(model, batch, bank.memory, start + length)
@@ -905,16 +969,23 @@ def save_networks(networks: Mapping[str, Decoder], path: Path, recipe: Mapping[s
         networks: name to network, all of one shape.
         path: where to write.
         recipe: JSON values that say how the weights were made.
+
+    Raises:
+        ValueError: there is no network, their shapes differ, or a name has a slash.
     """
     from safetensors.torch import save_file
 
+    if not networks or any("/" in name for name in networks):
+        raise ValueError(f"networks must have names, without slashes, got {list(networks)}")
+    configs = [model.config for model in networks.values()]
+    if any(config != configs[0] for config in configs):
+        raise ValueError(f"networks must be of one shape, got {configs}")
     tensors = {
         f"{name}/{key}": value.detach().cpu().half().contiguous()
         for name, model in networks.items()
         for key, value in model.state_dict().items()
     }
-    config = next(iter(networks.values())).config
-    about = {"format": "pt", "config": json.dumps(config), "recipe": json.dumps(dict(recipe))}
+    about = {"format": "pt", "config": json.dumps(configs[0]), "recipe": json.dumps(dict(recipe))}
     save_file(tensors, str(path), metadata=about)
 
 
@@ -970,9 +1041,18 @@ def forward_operations(
 
     Returns:
         Operations of the matrix products; causal pairs only.
+
+    Raises:
+        ValueError: a number is negative, there is no new token, or the decoder has fewer layers.
     """
     check_sizes(tokens=tokens)
     layers = config["layers"] if layers is None else layers
+    if min(past, memory) < 0:
+        raise ValueError(f"past and memory must not be negative, got {past} and {memory}")
+    if not 0 <= min(layers, memory_layers) <= max(layers, memory_layers) <= config["layers"]:
+        raise ValueError(
+            f"layers and memory_layers must lie in 0..{config['layers']}, got {layers} and {memory_layers}"
+        )
     dim, width = config["dim"], config["dim"] // config["heads"]
     block = 2 * dim * dim + 2 * dim * config["kv_heads"] * width + 3 * dim * config["hidden"]
     pairs = tokens * past + tokens * (tokens + 1) // 2
@@ -1008,7 +1088,7 @@ def knowledge_costs(
         "text", "memory" and "weights", by rising cost of writing.
 
     Raises:
-        ValueError: a size is not a positive integer.
+        ValueError: a size is not a positive integer, or the decoder has fewer layers than `memory_layers`.
 
     Source: Yang et al. 2024 (arXiv:2407.01178), the section on the memory hierarchy; operations counted anew.
     """

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -14,10 +15,11 @@ from paperbench.attention.memory3_explicit import BOS, ChunkEmbedder, ExplicitMe
 from paperbench.models.decoder import Decoder, rotary_angles, rotate
 
 
-def sharp_decoder(layers=3, dtype=torch.float64):
+def sharp_decoder(layers=3, dtype=torch.float64, base=10_000.0):
     """A small decoder with sharp attention, so that scores differ clearly."""
+    sizes = dict(dim=16, layers=layers, heads=4, hidden=24, kv_heads=2, context=64)
     with torch.random.fork_rng(devices=[]):
-        model = Decoder(30, dim=16, layers=layers, heads=4, hidden=24, kv_heads=2, context=64).eval()
+        model = Decoder(30, **sizes, base=base).eval()
     g = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -53,7 +55,8 @@ def slow_memory(model, references, text, layers, k_tokens, judge):
         out = vector.clone()
         for i in range(half):
             # the model's angles are float32
-            angle = torch.tensor(float(position)) * torch.tensor(10_000.0) ** (-torch.tensor(float(i)) / half)
+            slower = torch.tensor(model.base) ** (-torch.tensor(float(i)) / half)
+            angle = torch.tensor(float(position)) * slower
             c, s = angle.cos().double(), angle.sin().double()
             out[i] = vector[i] * c - vector[i + half] * s
             out[i + half] = vector[i + half] * c + vector[i] * s
@@ -113,8 +116,9 @@ def slow_memory(model, references, text, layers, k_tokens, judge):
 
 @torch.no_grad()
 def test_the_method_written_again_in_loops_agrees():
-    model, references, text = sharp_decoder(2), some_texts(2, 5), some_texts(1, 2, seed=3)
-    for layers, k_tokens, judge in (((0, 1), 2, "causal"), ((1,), 3, "bare")):
+    references, text = some_texts(2, 5), some_texts(1, 2, seed=3)
+    for layers, k_tokens, judge, base in (((0, 1), 2, "causal", 1e4), ((1,), 3, "bare", 1e6)):
+        model = sharp_decoder(2, base=base)
         memory = MemoryWriter(model, layers, k_tokens, judge)(references)
         ours = memory_logits(model, text, memory, torch.tensor([[0, 1]]))[0]
         slow = slow_memory(model, references, text[0], layers, k_tokens, judge)
@@ -174,6 +178,31 @@ def test_scores_are_the_sums_of_the_weights_and_bare_ones_know_no_order():
     raw = raw - torch.diag_embed(raw.diagonal(dim1=-2, dim2=-1))
     bare = received_attention(*turned, kv_heads=2, judge="bare")
     torch.testing.assert_close(bare[0, 0, 1:], raw.sum(2)[0, :2].sum(0)[1:], atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("base", [100.0, 10_000.0, 1e6])
+def test_bare_scores_are_those_of_the_vectors_before_rotation(base):
+    model, g = sharp_decoder(2, base=base), torch.Generator().manual_seed(0)
+    tokens = torch.rand(4, 29, generator=g).argsort(1)[:, :19] + 1  # no token twice, which would be a tie
+    references = F.pad(tokens, (1, 0))
+    hard = MemoryWriter(model, (0, 1), 6)(references)
+    soft = MemoryWriter(model, (0, 1), 6)(references, temperature=1.0)
+    states = model.hidden_states(references)
+    for layer, block in enumerate(model.blocks):
+        x = block.norm1(states[layer])
+        q, k = (
+            part(x).unflatten(-1, (-1, model.width)).transpose(1, 2)
+            for part in (block.attention.query, block.attention.key)
+        )
+        weights = (q @ k.repeat_interleave(2, 1).mT / model.width**0.5).softmax(-1)
+        weights = weights - torch.diag_embed(weights.diagonal(dim1=-2, dim2=-1))
+        scores = weights.sum(2).unflatten(1, (2, 2)).sum(2)[..., 1:]
+        best = scores.topk(6, dim=-1).indices.sort(-1).values + 1
+        assert torch.equal(hard.kept[layer], best)
+        rising = scores.log() - scores.log().topk(7, dim=-1).values[..., -2:].mean(-1, keepdim=True)
+        found = soft.log_gates[layer][..., 1:]
+        torch.testing.assert_close(found, rising.sigmoid().log(), atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -390,14 +419,34 @@ def test_bad_input_is_refused():
     memory = MemoryWriter(model, (0,), 2)(references)
     bank = ExplicitMemoryBank(ChunkEmbedder.fit(references, 30))
     bank.add(memory, references)
-    four = torch.ones(1, 4, dtype=torch.int64)
+    four, zeros = torch.ones(1, 4, dtype=torch.int64), torch.zeros(1, 4, 3, 2)
+    one_layer = Decoder(30, dim=16, layers=1, heads=4, kv_heads=2, hidden=8)
+    everybody = torch.zeros(3, 1, dtype=torch.int64)
+    deep = MemoryWriter(model, [0, 1], 2)(references)  # a list of layers is as good as a tuple
+    assert deep.layers == (0, 1)
     for call, word in [
+        (lambda: memory_logits(one_layer, references, deep, everybody), "memory must be of layers below 1"),
+        (lambda: memory_logits(model, references[0], memory, everybody), "tokens must be"),
+        (lambda: ChunkEmbedder.fit(references, 2), r"texts must lie in 0\.\.1"),
+        (lambda: bank.search(references + 30, 1), r"chunks must lie in 0\.\.29"),
+        (lambda: bank.search(references, 1, exclude=torch.zeros(3)), "exclude must be int64"),
+        (lambda: generate_with_memory(model, bank, references + 30, 1), r"prompts must lie in 0\.\.29"),
+        (lambda: words(torch.tensor([-1])), "must lie in 0"),
+        (lambda: sentences(four, four, four, four[:, :2], four > 0), "value must be"),
+        (lambda: save_networks({}, Path("x"), {}), "networks must have names"),
+        (lambda: save_networks({"a": model, "b": one_layer}, Path("x"), {}), "networks must be of one shape"),
+        (lambda: forward_operations(model.config, 1, past=-1), "past and memory must not be negative"),
+        (lambda: knowledge_costs(model.config, 4, 1, 1, 9), "memory_layers must lie in"),
         (lambda: MemoryWriter(model, (1, 0), 2), "layers must be increasing"),
         (lambda: MemoryWriter(model, (0, 3), 2), "layers must be increasing"),
         (lambda: MemoryWriter(model, (0,), 0), "k_tokens must be a positive"),
+        (lambda: MemoryWriter(model, (), 2, "x"), "judge must be"),
+        (lambda: received_attention(*torch.zeros(2, 4, 3, 2), kv_heads=2), "q must have 4 dimensions"),
+        (lambda: received_attention(zeros, zeros[:, :, :2], kv_heads=2), "k must have as many tokens"),
         (lambda: MemoryWriter(model, (0,), 7)(references), "references must be"),
         (lambda: received_attention(*torch.zeros(2, 1, 4, 3, 2), kv_heads=3), "kv_heads must divide"),
         (lambda: received_attention(*torch.zeros(2, 1, 4, 3, 2), kv_heads=2, judge="x"), "judge must be"),
+        (lambda: received_attention(zeros, zeros, kv_heads=2, base=0.0), "base must be positive"),
         (lambda: memory_logits(model, references, memory, torch.tensor([[3]] * 3)), "rows must lie in -1..2"),
         (lambda: memory_logits(model, references, memory, torch.tensor([[0]])), "memories are for 1 rows"),
         (lambda: bank.add(memory, references[:2]), "must be equally many"),
@@ -415,7 +464,18 @@ def test_bad_input_is_refused():
     ]:
         with pytest.raises(ValueError, match=word):
             call()
-    with pytest.raises(TypeError, match="rows must be int64"):
-        memory_logits(model, references, memory, torch.zeros(3, 1))
+    assert type(one_layer.blocks[0].attention.core) is type(model.blocks[0].attention.core)  # put back
+    for call, word in [
+        (lambda: memory_logits(model, references, memory, torch.zeros(3, 1)), "rows must be int64"),
+        (lambda: generate_with_memory(model, bank, references + 0.5, 1), "prompts must be integers"),
+        (lambda: bank.add(memory, references, torch.zeros(3)), "sources must be an int64"),
+        (lambda: sentences(four, four, four, four, four), "of_form must be bool"),
+    ]:
+        with pytest.raises(TypeError, match=word):
+            call()
+    nobody = torch.zeros(0, 4, dtype=torch.int64)
+    assert sentences(*[nobody] * 4, nobody > 0)[0].shape == (0, 28)
+    thin = sharp_decoder(dtype=torch.float32)  # memories are read in the dtype of their reader
+    assert memory_logits(thin, references, memory, everybody).dtype == torch.float32
     with pytest.raises(FileNotFoundError, match="safetensors file"):
         load_networks(Path("nowhere.safetensors"))
