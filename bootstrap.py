@@ -15,6 +15,7 @@ VENV = Path(os.environ.get("VENV", ROOT / ".venv")).resolve()
 PYTHON = VENV / "bin" / "python"
 INPUTS = ("constraints.txt", "settings.ini", "pyproject.toml", "setup.py", "bootstrap.py")
 EXTRAS = "cluster,data,minilm,site,dev"
+TEXT = (3, 11, 7)  # the Python whose documentation and library the language models of the pages were trained on
 
 
 def fingerprint() -> str:
@@ -63,6 +64,8 @@ def main() -> None:
     if stamp.exists() and stamp.read_text() == fingerprint() and PYTHON.exists():
         return
     print(f"setting up {VENV} with Python {sys.version.split()[0]} (only the first time; downloads torch)", flush=True)
+    if sys.version_info[:3] != TEXT:
+        print(f"the verdicts about language models belong to the library text of Python {'.'.join(map(str, TEXT))}; thin ones may differ here", flush=True)
     if not (PYTHON.exists() and works(PYTHON, "-m", "pip", "--version")):
         make_environment()
     pip = [PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", ROOT / "constraints.txt"]

@@ -1,6 +1,8 @@
 """What must hold between notebooks and the files made from them, and for every notebook of the project."""
 
+import json
 import os
+import re
 
 import pytest
 
@@ -47,3 +49,11 @@ def test_tests_of_one_group_stay_on_one_worker(request):
     """pytest-xdist 3.8 marks the group in the test's name; with pytest 9.2 it silently does not, and two workers share a group."""
     worker = os.environ.get("PYTEST_XDIST_WORKER")
     assert request.node.nodeid.endswith("@groups" if worker else "stay_on_one_worker")
+
+
+def test_the_readme_names_the_python_whose_text_the_models_were_trained_on():
+    named = re.search(r"verdicts are those of Python ([\d.]+\d)\.", (ROOT / "README.md").read_text()).group(1)
+    cards = [json.loads(p.read_text()) for p in (ROOT / "paperbench/weights").glob("text_*.json")]
+    read = {c["name"]: c["data"] for c in cards if "python_text()" in c.get("data", "")}
+    assert {"text_gpt", "text_linear"} <= read.keys() and all(f"Python {named}" in d for d in read.values()), read
+    assert f"TEXT = ({named.replace('.', ', ')})" in (ROOT / "bootstrap.py").read_text()
