@@ -10,7 +10,9 @@ from paperbench.catalogue import catalogue, project_root
 from paperbench.site import SiteServer, build_site, page_of
 
 pytestmark = pytest.mark.xdist_group("site")
-METHODS = [page_of(e) for e in catalogue(project_root(__file__), strict=False).methods]
+ENTRIES = list(catalogue(project_root(__file__), strict=False))
+METHODS = [page_of(e) for e in ENTRIES if e.kind == "method"]
+EXPLORED = METHODS + [page_of(e) for e in ENTRIES if e.kind == "kernel" or e.slug == "bakeoff"]
 # what the plot shows, as a short text: the traces, and the parts of the layout that a frame decides
 FIGURE = """root => {
   const plot = root.querySelector('.js-plotly-plot');
@@ -116,7 +118,7 @@ def step(control, key):
     control.press(key)
 
 
-@pytest.mark.parametrize("path", METHODS)
+@pytest.mark.parametrize("path", EXPLORED)
 def test_every_control_of_every_exploration_changes_its_figure(site, browser, path):
     with Visit(browser, site) as visit:
         page = visit.open(path)
